@@ -1,0 +1,166 @@
+"""Interfaces: what the parts of a machine expect of each other.
+
+Dispatch goes *inward*: a backend calls `IO` from within `Vcpu.run`, and the bus calls the device.
+Nothing here imports a backend, a device or NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike, NDArray
+    from typing_extensions import Buffer
+
+    from pykvm.exits import Exit
+    from pykvm.registers import Registers, SystemRegisters
+    from pykvm.state import DebugRegisters, FpuState, VcpuEvents
+
+S = TypeVar("S")
+
+
+class Device(Protocol):
+    """A device model. It sees offsets into its own range, never addresses, threads or backends.
+
+    `size` is 1, 2, 4 or 8 bytes; `value` is little-endian and unsigned. A value that is too
+    wide is cut to `size` by the bus. The bus holds the device's lock during each call.
+
+    A device may raise. The exception leaves `run` as itself and the access counts as not
+    done: the next run offers the same access again.
+    """
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the value at `offset`. The default claims nothing: all ones."""
+        return (1 << (8 * size)) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take `value`. The default ignores it."""
+
+
+class IO(Protocol):
+    """Where a backend sends the accesses that memory does not answer: the VM's two buses.
+
+    Any size from 1 to 8 may arrive (a guest's misaligned access is split by the backend or
+    not, as the processor does). A port access is 1, 2 or 4 bytes.
+    """
+
+    def port_read(self, port: int, size: int) -> int: ...
+    def port_write(self, port: int, size: int, value: int) -> None: ...
+    def mmio_read(self, address: int, size: int) -> int: ...
+    def mmio_write(self, address: int, size: int, value: int) -> None: ...
+
+
+class Memory(Protocol):
+    """Guest-physical memory. Accesses may cross slots; a short access raises, never truncates."""
+
+    def read(self, address: int, size: int) -> bytes: ...
+    def write(self, address: int, data: Buffer) -> None: ...
+    def view(self, address: int, count: int, dtype: DTypeLike = ...) -> NDArray[Any]: ...
+
+
+class IrqLine(Protocol):
+    """One input of the interrupt controller. May be driven from any thread."""
+
+    def set(self, level: bool) -> None:
+        """Drive the line to `level`."""
+
+    def pulse(self) -> None:
+        """Raise and lower the line: one edge."""
+
+
+class Vcpu(Protocol):
+    """One virtual processor. All calls but `kick` belong to the thread that runs it."""
+
+    index: int
+
+    def registers(self) -> Registers: ...
+    def set_registers(self, value: Registers) -> None: ...
+    def system_registers(self) -> SystemRegisters: ...
+    def set_system_registers(self, value: SystemRegisters) -> None: ...
+    def fpu(self) -> FpuState: ...
+    def set_fpu(self, value: FpuState) -> None: ...
+    def debug_registers(self) -> DebugRegisters: ...
+    def set_debug_registers(self, value: DebugRegisters) -> None: ...
+    def events(self) -> VcpuEvents: ...
+    def set_events(self, value: VcpuEvents) -> None: ...
+    def msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        """Read MSRs by index. Raises KvmError (kvm) or ConfigurationError naming an unknown one."""
+
+    def set_msrs(self, values: Mapping[int, int]) -> None: ...
+    def set_breakpoints(self, addresses: Sequence[int]) -> None:
+        """Make `run` return `Debug` before executing any of these linear addresses (at most 4)."""
+
+    def run(self, io: IO) -> Exit:
+        """Execute until something ends it."""
+
+    def step(self, io: IO) -> Exit:
+        """Execute one instruction and return `Debug(kind="step")`, or another exit."""
+
+    def kick(self) -> None:
+        """Make the current or else the next `run` return `Interrupted`.
+
+        The only call allowed from another thread. Sticky, so it cannot be lost.
+        """
+
+    def close(self) -> None: ...
+
+
+class Region(Protocol):
+    """Host memory behind one slot: `buffer` is writable and exactly `size` bytes."""
+
+    @property
+    def buffer(self) -> Buffer: ...
+    @property
+    def size(self) -> int: ...
+
+
+class Machine(Protocol):
+    """One machine of a backend: memory map, processors, interrupt lines."""
+
+    def map(
+        self,
+        slot: int,
+        address: int,
+        region: Region,
+        *,
+        readonly: bool = False,
+        log_dirty: bool = False,
+    ) -> None:
+        """Put `region` at guest-physical `address`. A write to a read-only slot goes to `IO`."""
+
+    def unmap(self, slot: int) -> None: ...
+    def dirty(self, slot: int) -> NDArray[np.bool_]:
+        """Which pages of a `log_dirty` slot were written since the last call, one bool a page."""
+
+    def vcpu(self, index: int) -> Vcpu: ...
+    def irq(self, gsi: int) -> IrqLine:
+        """The interrupt line `gsi`. Raises ConfigurationError without an interrupt controller."""
+
+    def serve(self, space: str, address: int, size: int, device: Device) -> bool:
+        """Offer a device (`space` is "port" or "mmio") to be served inside the backend.
+
+        True if the backend takes it: its accesses then do not come through `IO`.
+        """
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A way to run machines."""
+
+    name: str
+
+    def why_unavailable(self) -> str | None:
+        """None if it works here, or a sentence that says what is missing and what to do."""
+
+    def machine(self, *, irqchip: bool = False) -> Machine:
+        """A new, empty machine; with `irqchip`, with interrupt controllers and timer."""
+
+
+class Persistent(Protocol[S]):
+    """Something whose state can be taken out and put back; `S` is a frozen dataclass."""
+
+    def save(self) -> S: ...
+    def restore(self, state: S) -> None: ...
