@@ -1,0 +1,441 @@
+"""Structures of the KVM API that cross the extension, as frozen values, and their named flags.
+
+Field names are the kernel's (``<linux/kvm.h>``, x86 ``<asm/kvm.h>``; Linux Documentation/virt/kvm/api.rst,
+whose sections the docstrings cite). What the kernel calls opaque crosses as `bytes` and has no class here:
+the local APIC page, PIC and I/O APIC chips, XSAVE areas, nested state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pykvm.registers import SystemRegisters
+
+# kvm_userspace_memory_region.flags
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
+
+# kvm_create_guest_memfd.flags
+GUEST_MEMFD_FLAG_MMAP = 1 << 0
+GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1
+
+# kvm_memory_attributes.attributes
+KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
+
+# KVM_CREATE_VM types (bits of KVM_CAP_VM_TYPES)
+KVM_X86_DEFAULT_VM = 0
+KVM_X86_SW_PROTECTED_VM = 1
+KVM_X86_SEV_VM = 2
+KVM_X86_SEV_ES_VM = 3
+KVM_X86_SNP_VM = 4
+KVM_X86_TDX_VM = 5
+
+# kvm_irqfd.flags
+KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
+KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
+
+# kvm_ioeventfd.flags
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_PIO = 1 << 1
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+
+# kvm_guest_debug.control
+KVM_GUESTDBG_ENABLE = 0x0000_0001
+KVM_GUESTDBG_SINGLESTEP = 0x0000_0002
+KVM_GUESTDBG_USE_SW_BP = 0x0001_0000
+KVM_GUESTDBG_USE_HW_BP = 0x0002_0000
+KVM_GUESTDBG_INJECT_DB = 0x0004_0000
+KVM_GUESTDBG_INJECT_BP = 0x0008_0000
+KVM_GUESTDBG_BLOCKIRQ = 0x0010_0000
+
+# kvm_cpuid_entry2.flags; the kernel misspells SIGNIFICANT
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
+KVM_CPUID_FLAG_STATEFUL_FUNC = 1 << 1
+KVM_CPUID_FLAG_STATE_READ_NEXT = 1 << 2
+
+# kvm_clock_data.flags
+KVM_CLOCK_TSC_STABLE = 1 << 1
+KVM_CLOCK_REALTIME = 1 << 2
+KVM_CLOCK_HOST_TSC = 1 << 3
+
+# kvm_pit_config.flags, kvm_pit_state2.flags
+KVM_PIT_SPEAKER_DUMMY = 1 << 0
+KVM_PIT_FLAGS_HPET_LEGACY = 1 << 0
+KVM_PIT_FLAGS_SPEAKER_DATA_ON = 1 << 1
+
+# kvm_irqchip.chip_id
+KVM_IRQCHIP_PIC_MASTER = 0
+KVM_IRQCHIP_PIC_SLAVE = 1
+KVM_IRQCHIP_IOAPIC = 2
+
+# kvm_irq_routing_entry.type
+KVM_IRQ_ROUTING_IRQCHIP = 1
+KVM_IRQ_ROUTING_MSI = 2
+KVM_IRQ_ROUTING_HV_SINT = 4
+KVM_IRQ_ROUTING_XEN_EVTCHN = 5
+
+# kvm_msi.flags, kvm_irq_routing_entry.flags
+KVM_MSI_VALID_DEVID = 1 << 0
+
+# kvm_vcpu_events.flags and interrupt.shadow
+KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
+KVM_VCPUEVENT_VALID_SIPI_VECTOR = 1 << 1
+KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
+KVM_VCPUEVENT_VALID_SMM = 1 << 3
+KVM_VCPUEVENT_VALID_PAYLOAD = 1 << 4
+KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 1 << 5
+KVM_X86_SHADOW_INT_MOV_SS = 1 << 0
+KVM_X86_SHADOW_INT_STI = 1 << 1
+
+# kvm_sregs2.flags
+KVM_SREGS2_FLAGS_PDPTRS_VALID = 1 << 0
+
+# KVM_CAP_SYNC_REGS: kvm_run.kvm_valid_regs and kvm_dirty_regs
+KVM_SYNC_X86_REGS = 1 << 0
+KVM_SYNC_X86_SREGS = 1 << 1
+KVM_SYNC_X86_EVENTS = 1 << 2
+
+# kvm_run.flags
+KVM_RUN_X86_SMM = 1 << 0
+KVM_RUN_X86_BUS_LOCK = 1 << 1
+KVM_RUN_X86_GUEST_MODE = 1 << 2
+
+# kvm_dirty_gfn.flags
+KVM_DIRTY_GFN_F_DIRTY = 1 << 0
+KVM_DIRTY_GFN_F_RESET = 1 << 1
+
+# KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
+
+# KVM_CAP_X86_DISABLE_EXITS
+KVM_X86_DISABLE_EXITS_MWAIT = 1 << 0
+KVM_X86_DISABLE_EXITS_HLT = 1 << 1
+KVM_X86_DISABLE_EXITS_PAUSE = 1 << 2
+KVM_X86_DISABLE_EXITS_CSTATE = 1 << 3
+KVM_X86_DISABLE_EXITS_APERFMPERF = 1 << 4
+
+# KVM_CAP_X86_USER_SPACE_MSR and kvm_run.msr.reason
+KVM_MSR_EXIT_REASON_INVAL = 1 << 0
+KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
+KVM_MSR_EXIT_REASON_FILTER = 1 << 2
+
+# kvm_msr_filter.flags and kvm_msr_filter_range.flags
+KVM_MSR_FILTER_DEFAULT_ALLOW = 0
+KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
+KVM_MSR_FILTER_READ = 1 << 0
+KVM_MSR_FILTER_WRITE = 1 << 1
+
+# KVM_CAP_X2APIC_API
+KVM_X2APIC_API_USE_32BIT_IDS = 1 << 0
+KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK = 1 << 1
+
+# KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_X86_NOTIFY_VMEXIT
+KVM_BUS_LOCK_DETECTION_OFF = 1 << 0
+KVM_BUS_LOCK_DETECTION_EXIT = 1 << 1
+KVM_X86_NOTIFY_VMEXIT_ENABLED = 1 << 0
+KVM_X86_NOTIFY_VMEXIT_USER = 1 << 1
+
+# Device control
+KVM_CREATE_DEVICE_TEST = 1
+KVM_DEV_TYPE_VFIO = 4
+KVM_DEV_VFIO_GROUP = 1
+KVM_DEV_VFIO_GROUP_ADD = 1
+KVM_DEV_VFIO_GROUP_DEL = 2
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
+
+# kvm_stats_desc.flags, three 4-bit fields
+KVM_STATS_TYPE_MASK = 0xF
+KVM_STATS_TYPE_CUMULATIVE = 0x0
+KVM_STATS_TYPE_INSTANT = 0x1
+KVM_STATS_TYPE_PEAK = 0x2
+KVM_STATS_TYPE_LINEAR_HIST = 0x3
+KVM_STATS_TYPE_LOG_HIST = 0x4
+KVM_STATS_UNIT_MASK = 0xF << 4
+KVM_STATS_UNIT_NONE = 0x0 << 4
+KVM_STATS_UNIT_BYTES = 0x1 << 4
+KVM_STATS_UNIT_SECONDS = 0x2 << 4
+KVM_STATS_UNIT_CYCLES = 0x3 << 4
+KVM_STATS_UNIT_BOOLEAN = 0x4 << 4
+KVM_STATS_BASE_MASK = 0xF << 8
+KVM_STATS_BASE_POW10 = 0x0 << 8
+KVM_STATS_BASE_POW2 = 0x1 << 8
+
+
+@dataclass(frozen=True, slots=True)
+class CpuidEntry:
+    """One CPUID leaf, or sub-leaf `index` where `flags` has KVM_CPUID_FLAG_SIGNIFCANT_INDEX (4.20)."""
+
+    function: int
+    index: int = 0
+    flags: int = 0
+    eax: int = 0
+    ebx: int = 0
+    ecx: int = 0
+    edx: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PitChannelState:
+    """One counter of the i8254 (``struct kvm_pit_channel_state``, 4.71).
+
+    `count` is up to 65536; `count_load_time` is host time in nanoseconds.
+    """
+
+    count: int = 0
+    latched_count: int = 0
+    count_latched: int = 0
+    status_latched: int = 0
+    status: int = 0
+    read_state: int = 0
+    write_state: int = 0
+    write_latch: int = 0
+    rw_mode: int = 0
+    mode: int = 0
+    bcd: int = 0
+    gate: int = 0
+    count_load_time: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PitState2:
+    """The i8254 with its speaker and HPET flags (``struct kvm_pit_state2``, 4.71)."""
+
+    channels: tuple[PitChannelState, PitChannelState, PitChannelState] = (PitChannelState(),) * 3
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClockData:
+    """kvmclock (``struct kvm_clock_data``, 4.29).
+
+    `clock` and `realtime` are nanoseconds, `realtime` since the Unix epoch; `realtime` and
+    `host_tsc` count only where `flags` has KVM_CLOCK_REALTIME and KVM_CLOCK_HOST_TSC.
+    """
+
+    clock: int = 0
+    flags: int = 0
+    realtime: int = 0
+    host_tsc: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IrqchipRoute:
+    """GSI to `pin` of a chip (KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC)."""
+
+    gsi: int
+    irqchip: int
+    pin: int
+
+
+@dataclass(frozen=True, slots=True)
+class MsiRoute:
+    """GSI to a message-signalled interrupt: `data` is written to the 64-bit `address`."""
+
+    gsi: int
+    address: int
+    data: int
+    devid: int = 0
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HypervSintRoute:
+    """GSI to the Hyper-V synthetic interrupt `sint` of a vCPU."""
+
+    gsi: int
+    vcpu: int
+    sint: int
+
+
+@dataclass(frozen=True, slots=True)
+class XenEventRoute:
+    """GSI to a Xen event channel."""
+
+    gsi: int
+    port: int
+    vcpu: int
+    priority: int = 0xFFFF_FFFF  # two-level event channels, the only kind that KVM knows
+
+
+IrqRoutingEntry = IrqchipRoute | MsiRoute | HypervSintRoute | XenEventRoute
+"""One entry of KVM_SET_GSI_ROUTING (4.52)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Msi:
+    """One message-signalled interrupt to deliver now (``struct kvm_msi``, 4.70)."""
+
+    address: int
+    data: int
+    devid: int = 0
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyGfn:
+    """An entry of the dirty ring (``struct kvm_dirty_gfn``, 8.29).
+
+    `slot` has the address space in its upper 16 bits; `offset` counts pages from the slot's start.
+    """
+
+    slot: int
+    offset: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CoalescedAccess:
+    """A write that KVM put in the coalesced ring (4.116); `address` is a port where `pio` is true."""
+
+    address: int
+    data: bytes
+    pio: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What KVM_TRANSLATE says of a linear address (``struct kvm_translation``, 4.15)."""
+
+    linear_address: int
+    physical_address: int
+    valid: bool
+    writeable: bool
+    usermode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sregs2:
+    """System registers with the PAE page-directory pointers (``struct kvm_sregs2``, 4.131).
+
+    There is no interrupt bitmap: `sregs.interrupt_bitmap` is zero when read, ignored when set.
+    `pdptrs` count only where `flags` has KVM_SREGS2_FLAGS_PDPTRS_VALID.
+    """
+
+    sregs: SystemRegisters
+    flags: int = 0
+    pdptrs: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class EnableCap:
+    """A capability to switch on, with up to four arguments (``struct kvm_enable_cap``, 4.37)."""
+
+    cap: int
+    args: tuple[int, ...] = ()
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAttr:
+    """An attribute of a device, VM, vCPU or of KVM itself (``struct kvm_device_attr``, 4.80).
+
+    `addr` is the host address of its value.
+    """
+
+    group: int
+    attr: int
+    addr: int = 0
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAttributes:
+    """What a guest-physical range is, such as private (``struct kvm_memory_attributes``, 4.141)."""
+
+    address: int
+    size: int
+    attributes: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MsrFilterRange:
+    """MSRs `base` onwards, one bit each in `bitmap`: 1 allows what `flags` names, 0 denies (4.97).
+
+    `flags` is KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE or both.
+    """
+
+    base: int
+    nmsrs: int
+    bitmap: bytes
+    flags: int = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class GuestDebug:
+    """Debugging of the guest (``struct kvm_guest_debug``, 4.87).
+
+    `control` is KVM_GUESTDBG_*; `debugreg` is DR0..DR7, used with KVM_GUESTDBG_USE_HW_BP.
+    """
+
+    control: int = 0
+    debugreg: tuple[int, int, int, int, int, int, int, int] = (0,) * 8
+
+
+@dataclass(frozen=True, slots=True)
+class StatsDescriptor:
+    """One statistic of the binary statistics file (``struct kvm_stats_desc``, 4.134).
+
+    Its values are `size` 64-bit numbers in units of ``base ** exponent`` `unit`, `base` 10 or 2.
+    `bucket_size` is the width of a bucket of a linear histogram.
+    """
+
+    name: str
+    flags: int
+    exponent: int = 0
+    size: int = 1
+    offset: int = 0
+    bucket_size: int = 0
+
+    @property
+    def type(self) -> str:
+        """``"cumulative"``, ``"instant"``, ``"peak"``, ``"linear histogram"`` or ``"log histogram"``."""
+        return _STATS_TYPES.get(self.flags & KVM_STATS_TYPE_MASK, "unknown")
+
+    @property
+    def unit(self) -> str:
+        """``"count"``, ``"bytes"``, ``"seconds"``, ``"cycles"`` or ``"boolean"``."""
+        return _STATS_UNITS.get(self.flags & KVM_STATS_UNIT_MASK, "unknown")
+
+    @property
+    def base(self) -> int:
+        """10 or 2: what `exponent` is a power of."""
+        return 2 if self.flags & KVM_STATS_BASE_MASK == KVM_STATS_BASE_POW2 else 10
+
+
+_STATS_TYPES = {
+    KVM_STATS_TYPE_CUMULATIVE: "cumulative",
+    KVM_STATS_TYPE_INSTANT: "instant",
+    KVM_STATS_TYPE_PEAK: "peak",
+    KVM_STATS_TYPE_LINEAR_HIST: "linear histogram",
+    KVM_STATS_TYPE_LOG_HIST: "log histogram",
+}
+_STATS_UNITS = {
+    KVM_STATS_UNIT_NONE: "count",
+    KVM_STATS_UNIT_BYTES: "bytes",
+    KVM_STATS_UNIT_SECONDS: "seconds",
+    KVM_STATS_UNIT_CYCLES: "cycles",
+    KVM_STATS_UNIT_BOOLEAN: "boolean",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StatsSnapshot:
+    """All statistics of a VM or vCPU at one moment; `values` is parallel to `descriptors`.
+
+    `id` is the kernel's name for the owner, such as ``"kvm-4711/vcpu-0"``.
+    """
+
+    id: str
+    descriptors: tuple[StatsDescriptor, ...]
+    values: tuple[tuple[int, ...], ...]
+
+    def __getitem__(self, name: str) -> int | tuple[int, ...]:
+        """The statistic `name`: a number, or a tuple for a histogram. Raises KeyError."""
+        for descriptor, values in zip(self.descriptors, self.values, strict=True):
+            if descriptor.name == name:
+                return values[0] if descriptor.size == 1 else values
+        raise KeyError(name)
