@@ -1,10 +1,14 @@
 """Builds the Cython extension, optionally: without a compiler or <linux/kvm.h> the rest installs."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
-setup(
-    ext_modules=[
-        Extension("pykvm.device", ["ext/pykvm/device.pyx"], include_dirs=["ext"], optional=True),
-        Extension("pykvm._kvm", ["ext/pykvm/_kvm.pyx"], include_dirs=["ext"], optional=True),
-    ]
-)
+
+def extension(name: str, **options: object) -> Extension:
+    source = f"ext/{name.replace('.', '/')}.pyx"
+    depends = glob("ext/pykvm/*.px[id]")
+    return Extension(name, [source], include_dirs=["ext"], depends=depends, optional=True, **options)
+
+
+setup(ext_modules=[extension("pykvm.device"), extension("pykvm._kvm")])
