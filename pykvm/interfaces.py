@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pykvm.exits import Exit
     from pykvm.registers import Registers, SystemRegisters
     from pykvm.state import DebugRegisters, FpuState, VcpuEvents
+    from pykvm.statistics import Statistics
 
 S = TypeVar("S")
 
@@ -104,6 +105,18 @@ class Vcpu(Protocol):
         The only call allowed from another thread. Sticky, so it cannot be lost.
         """
 
+    def clear_kick(self) -> None:
+        """Forget a kick that no run has returned for. Only between runs."""
+
+    def statistics(self) -> Statistics:
+        """Exits and instructions so far, and times since `measure_time`."""
+
+    def measure_time(self) -> None:
+        """Measure how long the guest runs, from now on."""
+
+    def recent_exits(self) -> list[str]:
+        """The last exits or accesses in words, oldest first."""
+
     def close(self) -> None: ...
 
 
@@ -144,6 +157,9 @@ class Machine(Protocol):
         True if the backend takes it: its accesses then do not come through `IO`.
         """
 
+    def unserve(self, device: Device) -> None:
+        """Serve the device no more."""
+
     def close(self) -> None: ...
 
 
@@ -155,8 +171,11 @@ class Backend(Protocol):
     def why_unavailable(self) -> str | None:
         """None if it works here, or a sentence that says what is missing and what to do."""
 
-    def machine(self, *, irqchip: bool = False) -> Machine:
-        """A new, empty machine; with `irqchip`, with interrupt controllers and timer."""
+    def machine(self, *, irqchip: bool = False, cpus: int = 1) -> Machine:
+        """A new, empty machine for up to `cpus` processors.
+
+        With `irqchip` it has PIC, PIT and, on KVM, local and I/O APICs.
+        """
 
 
 class Persistent(Protocol[S]):
