@@ -12,7 +12,7 @@ Guest-physical memory, as `pykvm.VM` builds it::
     0x0009_0000  | command line, boot information |  stack of protected and long mode ends here
     0x000a_0000  +-------------------------------+
                  | video and option ROM area      |  plain memory, unless a ROM is mapped over it
-    0x000e_0000  | firmware, second copy          |
+    0x000c_0000  | firmware, second copy          |  as long as the image, ends at 1 MiB
     0x0010_0000  +-------------------------------+
                  | flat protected/long images     |
                  | memory                         |
@@ -38,6 +38,8 @@ BOOT_PAGE_TABLES = 0x1000
 BOOT_SECTOR = 0x7C00
 REAL_MODE_STACK_TOP = 0x7C00
 REAL_MODE_IMAGE = 0x8000
+BOOT_IST1_STACK_TOP = 0x7_8000
+BOOT_INTERRUPT_STACK_TOP = 0x8_0000
 BOOT_STACK_TOP = 0x9_0000
 BOOT_INFO = 0x9_0000
 BOOT_INFO_END = 0xA_0000
