@@ -72,8 +72,6 @@ KVM_IRQCHIP_IOAPIC = 2
 # kvm_irq_routing_entry.type
 KVM_IRQ_ROUTING_IRQCHIP = 1
 KVM_IRQ_ROUTING_MSI = 2
-KVM_IRQ_ROUTING_HV_SINT = 4
-KVM_IRQ_ROUTING_XEN_EVTCHN = 5
 
 # kvm_msi.flags, kvm_irq_routing_entry.flags
 KVM_MSI_VALID_DEVID = 1 << 0
@@ -146,27 +144,10 @@ KVM_DEV_VFIO_GROUP_DEL = 2
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 
-# kvm_stats_desc.flags, three 4-bit fields
-KVM_STATS_TYPE_MASK = 0xF
-KVM_STATS_TYPE_CUMULATIVE = 0x0
-KVM_STATS_TYPE_INSTANT = 0x1
-KVM_STATS_TYPE_PEAK = 0x2
-KVM_STATS_TYPE_LINEAR_HIST = 0x3
-KVM_STATS_TYPE_LOG_HIST = 0x4
-KVM_STATS_UNIT_MASK = 0xF << 4
-KVM_STATS_UNIT_NONE = 0x0 << 4
-KVM_STATS_UNIT_BYTES = 0x1 << 4
-KVM_STATS_UNIT_SECONDS = 0x2 << 4
-KVM_STATS_UNIT_CYCLES = 0x3 << 4
-KVM_STATS_UNIT_BOOLEAN = 0x4 << 4
-KVM_STATS_BASE_MASK = 0xF << 8
-KVM_STATS_BASE_POW10 = 0x0 << 8
-KVM_STATS_BASE_POW2 = 0x1 << 8
-
 
 @dataclass(frozen=True, slots=True)
 class CpuidEntry:
-    """One CPUID leaf, or sub-leaf `index` where `flags` has KVM_CPUID_FLAG_SIGNIFCANT_INDEX (4.20)."""
+    """One CPUID leaf, or sub-leaf `index` where `flags` has KVM_CPUID_FLAG_SIGNIFCANT_INDEX (4.46)."""
 
     function: int
     index: int = 0
@@ -179,7 +160,7 @@ class CpuidEntry:
 
 @dataclass(frozen=True, slots=True)
 class PitChannelState:
-    """One counter of the i8254 (``struct kvm_pit_channel_state``, 4.71).
+    """One counter of the i8254 (``struct kvm_pit_channel_state``, 4.72).
 
     `count` is up to 65536; `count_load_time` is host time in nanoseconds.
     """
@@ -201,7 +182,7 @@ class PitChannelState:
 
 @dataclass(frozen=True, slots=True)
 class PitState2:
-    """The i8254 with its speaker and HPET flags (``struct kvm_pit_state2``, 4.71)."""
+    """The i8254 with its speaker and HPET flags (``struct kvm_pit_state2``, 4.72)."""
 
     channels: tuple[PitChannelState, PitChannelState, PitChannelState] = (PitChannelState(),) * 3
     flags: int = 0
@@ -241,37 +222,8 @@ class MsiRoute:
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class HypervSintRoute:
-    """GSI to the Hyper-V synthetic interrupt `sint` of a vCPU."""
-
-    gsi: int
-    vcpu: int
-    sint: int
-
-
-@dataclass(frozen=True, slots=True)
-class XenEventRoute:
-    """GSI to a Xen event channel."""
-
-    gsi: int
-    port: int
-    vcpu: int
-    priority: int = 0xFFFF_FFFF  # two-level event channels, the only kind that KVM knows
-
-
-IrqRoutingEntry = IrqchipRoute | MsiRoute | HypervSintRoute | XenEventRoute
+IrqRoutingEntry = IrqchipRoute | MsiRoute
 """One entry of KVM_SET_GSI_ROUTING (4.52)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Msi:
-    """One message-signalled interrupt to deliver now (``struct kvm_msi``, 4.70)."""
-
-    address: int
-    data: int
-    devid: int = 0
-    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,125 +269,3 @@ class Sregs2:
     sregs: SystemRegisters
     flags: int = 0
     pdptrs: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class EnableCap:
-    """A capability to switch on, with up to four arguments (``struct kvm_enable_cap``, 4.37)."""
-
-    cap: int
-    args: tuple[int, ...] = ()
-    flags: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceAttr:
-    """An attribute of a device, VM, vCPU or of KVM itself (``struct kvm_device_attr``, 4.80).
-
-    `addr` is the host address of its value.
-    """
-
-    group: int
-    attr: int
-    addr: int = 0
-    flags: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryAttributes:
-    """What a guest-physical range is, such as private (``struct kvm_memory_attributes``, 4.141)."""
-
-    address: int
-    size: int
-    attributes: int
-    flags: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class MsrFilterRange:
-    """MSRs `base` onwards, one bit each in `bitmap`: 1 allows what `flags` names, 0 denies (4.97).
-
-    `flags` is KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE or both.
-    """
-
-    base: int
-    nmsrs: int
-    bitmap: bytes
-    flags: int = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE
-
-
-@dataclass(frozen=True, slots=True)
-class GuestDebug:
-    """Debugging of the guest (``struct kvm_guest_debug``, 4.87).
-
-    `control` is KVM_GUESTDBG_*; `debugreg` is DR0..DR7, used with KVM_GUESTDBG_USE_HW_BP.
-    """
-
-    control: int = 0
-    debugreg: tuple[int, int, int, int, int, int, int, int] = (0,) * 8
-
-
-@dataclass(frozen=True, slots=True)
-class StatsDescriptor:
-    """One statistic of the binary statistics file (``struct kvm_stats_desc``, 4.134).
-
-    Its values are `size` 64-bit numbers in units of ``base ** exponent`` `unit`, `base` 10 or 2.
-    `bucket_size` is the width of a bucket of a linear histogram.
-    """
-
-    name: str
-    flags: int
-    exponent: int = 0
-    size: int = 1
-    offset: int = 0
-    bucket_size: int = 0
-
-    @property
-    def type(self) -> str:
-        """``"cumulative"``, ``"instant"``, ``"peak"``, ``"linear histogram"`` or ``"log histogram"``."""
-        return _STATS_TYPES.get(self.flags & KVM_STATS_TYPE_MASK, "unknown")
-
-    @property
-    def unit(self) -> str:
-        """``"count"``, ``"bytes"``, ``"seconds"``, ``"cycles"`` or ``"boolean"``."""
-        return _STATS_UNITS.get(self.flags & KVM_STATS_UNIT_MASK, "unknown")
-
-    @property
-    def base(self) -> int:
-        """10 or 2: what `exponent` is a power of."""
-        return 2 if self.flags & KVM_STATS_BASE_MASK == KVM_STATS_BASE_POW2 else 10
-
-
-_STATS_TYPES = {
-    KVM_STATS_TYPE_CUMULATIVE: "cumulative",
-    KVM_STATS_TYPE_INSTANT: "instant",
-    KVM_STATS_TYPE_PEAK: "peak",
-    KVM_STATS_TYPE_LINEAR_HIST: "linear histogram",
-    KVM_STATS_TYPE_LOG_HIST: "log histogram",
-}
-_STATS_UNITS = {
-    KVM_STATS_UNIT_NONE: "count",
-    KVM_STATS_UNIT_BYTES: "bytes",
-    KVM_STATS_UNIT_SECONDS: "seconds",
-    KVM_STATS_UNIT_CYCLES: "cycles",
-    KVM_STATS_UNIT_BOOLEAN: "boolean",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StatsSnapshot:
-    """All statistics of a VM or vCPU at one moment; `values` is parallel to `descriptors`.
-
-    `id` is the kernel's name for the owner, such as ``"kvm-4711/vcpu-0"``.
-    """
-
-    id: str
-    descriptors: tuple[StatsDescriptor, ...]
-    values: tuple[tuple[int, ...], ...]
-
-    def __getitem__(self, name: str) -> int | tuple[int, ...]:
-        """The statistic `name`: a number, or a tuple for a histogram. Raises KeyError."""
-        for descriptor, values in zip(self.descriptors, self.values, strict=True):
-            if descriptor.name == name:
-                return values[0] if descriptor.size == 1 else values
-        raise KeyError(name)

@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 
-from pykvm.kvm import abi, structs
+from pykvm.kvm import abi, stats, structs
 
 STRUCTURES = {
     name: value
     for name, value in inspect.getmembers(abi, inspect.isclass)
     if name.startswith("kvm_") and issubclass(value, ctypes.Structure)
+}
+
+FLAGS = {
+    name: value
+    for name, value in (vars(structs) | vars(stats)).items()
+    if name.startswith(("KVM_", "GUEST_MEMFD_"))
 }
 
 # The newest header that a supported distribution ships is Linux 6.1. These came later; the numbers are those
@@ -65,7 +71,7 @@ def newer_than(structure: str) -> str:
 def c_program() -> str:
     """A program that prints everything this module knows about and the header has, as "name = number"."""
     lines = ["#include <stddef.h>", "#include <stdio.h>", "#include <linux/kvm.h>", "int main(void) {"]
-    for name in (*abi.IOCTLS, *abi.EXIT_REASONS.values(), *abi.INTERNAL_ERRORS.values(), *flag_names()):
+    for name in (*abi.IOCTLS, *abi.EXIT_REASONS.values(), *abi.INTERNAL_ERRORS.values(), *FLAGS):
         lines += [f"#ifdef {name}", f'printf("{name} = %llu\\n", (unsigned long long){name});', "#endif"]
     for name, structure in STRUCTURES.items():
         lines += [f"#ifdef {newer_than(name)}", f'printf("{name} = %zu\\n", sizeof(struct {name}));']
@@ -75,10 +81,6 @@ def c_program() -> str:
         ]
         lines += ["#endif"]
     return "\n".join([*lines, "return 0; }"])
-
-
-def flag_names() -> list[str]:
-    return [name for name in dir(structs) if name.startswith(("KVM_", "GUEST_MEMFD_"))]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_exit_reasons_and_suberrors_have_the_header_s_numbers(header: dict[str, 
 
 
 def test_flags_have_the_header_s_values(header: dict[str, int]) -> None:
-    known = {name: getattr(structs, name) for name in flag_names() if name in header}
+    known = {name: value for name, value in FLAGS.items() if name in header}
     assert known == {name: header[name] for name in known}
     assert len(known) > 80
 
@@ -183,18 +185,3 @@ def test_a_capability_newer_than_linux_6_1_has_its_published_number(name: str, n
 
 def test_no_two_requests_share_a_number() -> None:
     assert len({ioctl.number for ioctl in abi.IOCTLS.values()}) == len(abi.IOCTLS)
-
-
-def test_statistics_flags_are_told_in_words() -> None:
-    flags = structs.KVM_STATS_TYPE_INSTANT | structs.KVM_STATS_UNIT_SECONDS | structs.KVM_STATS_BASE_POW10
-    descriptor = structs.StatsDescriptor("halt_wait_ns", flags, exponent=-9)
-    assert (descriptor.type, descriptor.unit, descriptor.base) == ("instant", "seconds", 10)
-
-
-def test_a_statistics_snapshot_gives_numbers_for_scalars_and_tuples_for_histograms() -> None:
-    scalar = structs.StatsDescriptor("exits", structs.KVM_STATS_TYPE_CUMULATIVE)
-    histogram = structs.StatsDescriptor("wait_hist", structs.KVM_STATS_TYPE_LOG_HIST, size=3)
-    snapshot = structs.StatsSnapshot("kvm-1/vcpu-0", (scalar, histogram), ((7,), (1, 2, 3)))
-    assert (snapshot["exits"], snapshot["wait_hist"]) == (7, (1, 2, 3))
-    with pytest.raises(KeyError):
-        snapshot["no such thing"]
