@@ -385,6 +385,13 @@ class _Guest:
     def long_mode(self) -> bool:
         return bool(self.system.efer & EFER_LMA)
 
+    @property
+    def gate_size(self) -> int:
+        """Bytes of an entry of the IDT, or of the real-mode vector table."""
+        if not self.system.cr0 & CR0_PE:
+            return 4
+        return 16 if self.long_mode else 8
+
     def read(self, linear: int, size: int) -> tuple[bytes, str]:
         """Bytes at a linear address, as a supervisor reads them, and why they are fewer than `size`."""
         data = b""
@@ -421,11 +428,7 @@ def describe_gate(memory: Memory, system_registers: SystemRegisters, vector: int
     """Where `vector` would be delivered, or why no handler can run (SDM volume 3, 6.10 to 6.14)."""
     guest = _Guest(memory, system_registers)
     name = f"vector {vector}" + (f" ({VECTORS[vector]})" if vector in VECTORS else "")
-    idt = system_registers.idt
-    if not system_registers.cr0 & CR0_PE:
-        size = 4
-    else:
-        size = 16 if guest.long_mode else 8
+    idt, size = system_registers.idt, guest.gate_size
     if vector * size + size - 1 > idt.limit:
         return f"IDT limit {idt.limit:#x}: no gate for {name}"
     raw, why = guest.read(idt.base + vector * size, size)
@@ -490,9 +493,11 @@ def _descriptors(guest: _Guest, events: VcpuEvents) -> Iterator[str]:
     in_flight = _in_flight(events)
     for vector in in_flight:
         yield f"in flight: {describe_gate(guest.memory, guest.system, vector)}"
-    for vector in (_DF, _GP, _PF):
-        if vector not in in_flight:
-            yield describe_gate(guest.memory, guest.system, vector)
+    if guest.system.idt.limit < guest.gate_size - 1:
+        yield f"IDT limit {guest.system.idt.limit:#x}: no gate for any vector"
+    else:
+        others = (vector for vector in (_DF, _GP, _PF) if vector not in in_flight)
+        yield from (describe_gate(guest.memory, guest.system, vector) for vector in others)
     if not guest.system.cr0 & CR0_PE:
         return
     for name in ("cs", "ss", "tr"):  # the tables may have changed since these were loaded
