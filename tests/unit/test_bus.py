@@ -409,7 +409,8 @@ accesses = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 8)), max_size=3
 def test_the_bus_agrees_with_a_model_that_lists_every_address(
     wanted: list[tuple[int, int]], reads: list[tuple[int, int]]
 ) -> None:
-    bus, owner = Bus("test", 64), {}
+    bus = Bus("test", 64)
+    owner: dict[int, int] = {}
     attached: list[Attachment] = []
     for address, size in wanted:
         cells = range(address, address + size)
