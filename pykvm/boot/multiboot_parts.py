@@ -85,7 +85,7 @@ def addressed_kernel(image: bytes, offset: int, fields: Addresses, entry: int) -
     Raises ImageError if they contradict each other or the file.
     """
     start = offset - (fields.header - fields.load)
-    if fields.load > fields.header or start < 0:
+    if not 0 <= fields.load <= fields.header or start < 0:
         raise ImageError(
             f"Multiboot: load address {fields.load:#x} and header address {fields.header:#x}"
             f" do not fit a header at file offset {offset:#x}"
