@@ -48,9 +48,10 @@ TAG_EFI_BOOT_SERVICES = 7
 TAG_ENTRY_EFI32 = 8
 TAG_ENTRY_EFI64 = 9
 TAG_RELOCATABLE = 10
-_HARMLESS = (TAG_MODULE_ALIGN, TAG_ENTRY_EFI32, TAG_ENTRY_EFI64)
-"""Module alignment is always given; the EFI entries count on EFI machines only (3.1.10, 3.1.11)."""
 TAG_OPTIONAL = 1  # flag: the loader may ignore a tag that it cannot serve
+
+# Modules are page-aligned anyway; the EFI entries count on EFI machines only (3.1.10, 3.1.11)
+_HARMLESS = (TAG_MODULE_ALIGN, TAG_ENTRY_EFI32, TAG_ENTRY_EFI64)
 
 CONSOLE_REQUIRED = 1
 LOAD_FROM_FILE_START = 0xFFFF_FFFF  # load_addr of the address tag
@@ -98,10 +99,13 @@ def load_multiboot2(image: bytes, memory: Memory, system: SystemRegisters, optio
     stays where it is linked if that is possible, and else goes to the lowest free place. Modules
     follow the kernel, page-aligned. Raises ImageError if the kernel needs what is not supported.
     """
-    header = _parse(image)
+    offset = find_multiboot2(image)
+    if offset is None:
+        raise ImageError(f"Multiboot2: no valid header in the first {MULTIBOOT2_SEARCH} bytes")
+    header = _parse(image, offset)
     placement = Placement(memory)
     modes.reserve_structures(placement, "protected")
-    kernel = _relocated(placement, _kernel(image, header), header.range)
+    kernel = _relocated(placement, _kernel(image, offset, header), header.range)
     place_kernel(placement, kernel)
     behind = max(kernel.end, layout.FLAT_IMAGE)
     modules = place_modules(placement, options.modules, behind)
@@ -114,11 +118,8 @@ def load_multiboot2(image: bytes, memory: Memory, system: SystemRegisters, optio
     return Entry("multiboot2", replace(registers, rax=LOADED_BY, rbx=layout.BOOT_INFO), system_registers)
 
 
-def _tags(image: bytes) -> Iterator[tuple[int, bool, bytes]]:
-    """Yield (type, optional, contents) of each header tag before the end tag."""
-    offset = find_multiboot2(image)
-    if offset is None:
-        raise ImageError(f"Multiboot2: no valid header in the first {MULTIBOOT2_SEARCH} bytes")
+def _tags(image: bytes, offset: int) -> Iterator[tuple[int, bool, bytes]]:
+    """Yield (type, optional, contents) of each tag of the header at `offset`, before the end tag."""
     architecture, length = struct.unpack_from("<II", image, offset + 4)
     if architecture != ARCHITECTURE_I386:
         raise ImageError(f"Multiboot2: the kernel is for architecture {architecture}, not for x86 (0)")
@@ -143,10 +144,10 @@ def _words(tag: int, body: bytes, count: int) -> tuple[int, ...]:
     return struct.unpack_from(f"<{count}I", body)
 
 
-def _parse(image: bytes) -> _Header:
+def _parse(image: bytes, offset: int) -> _Header:
     """Collect what the header asks for. Raises ImageError where that cannot be had."""
     header = _Header()
-    for tag, optional, body in _tags(image):
+    for tag, optional, body in _tags(image, offset):
         if tag == TAG_ADDRESS:
             header.addresses = Addresses(*_words(tag, body, 4))
         elif tag == TAG_ENTRY:
@@ -175,13 +176,12 @@ def _refuse_unsupported(tag: int, body: bytes) -> None:
         raise ImageError(f"Multiboot2: the kernel demands an unknown feature (header tag {tag})")
 
 
-def _kernel(image: bytes, header: _Header) -> Kernel:
+def _kernel(image: bytes, offset: int, header: _Header) -> Kernel:
     fields = header.addresses
     if fields is None:
         return elf_kernel(image, header.entry)
     if header.entry is None:
         raise ImageError("Multiboot2: the header has an address tag (2) but no entry address tag (3)")
-    offset = find_multiboot2(image) or 0
     if fields.load == LOAD_FROM_FILE_START:
         fields = replace(fields, load=fields.header - offset)
     return addressed_kernel(image, offset, fields, header.entry)
