@@ -180,6 +180,8 @@ class Counter:
             return self._next_periodic_rise(now)
         rise = self.start + self.count
         if self.mode in STROBES:
+            if now < self.start and not self.out_before:
+                return self.start  # a count written during the strobe ends it when it is loaded
             rise += 1
         return rise if rise > now else NONE
 
@@ -219,7 +221,7 @@ class Counter:
         self.gate = gate
 
     def _release(self, now: int) -> None:
-        if self.count and (self.mode in PERIODIC):
+        if self.count and self.mode in PERIODIC:
             self._load(now)
             self.out_before = True
         elif self.count:

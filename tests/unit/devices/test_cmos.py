@@ -429,17 +429,14 @@ def test_firmware_finds_cpus_and_boot_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"memory_below_4g": -1}, "negative"),
-        ({"memory_above_4g": -1}, "negative"),
-        ({"cpus": 0}, "0 CPUs"),
-        ({"cpus": 257}, "257 CPUs"),
-    ],
+    ("below", "above", "cpus", "message"),
+    [(-1, 0, 1, "negative"), (0, -1, 1, "negative"), (0, 0, 0, "0 CPUs"), (0, 0, 257, "257 CPUs")],
 )
-def test_a_configuration_that_does_not_fit_is_refused(bad: dict[str, int], message: str) -> None:
+def test_a_configuration_that_does_not_fit_is_refused(
+    below: int, above: int, cpus: int, message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        Cmos(**bad)
+        Cmos(memory_below_4g=below, memory_above_4g=above, cpus=cpus)
 
 
 # State
