@@ -135,16 +135,19 @@ def boot(options: argparse.Namespace) -> int:
     """The boot command. Raises PykvmError for what keeps the guest from running."""
     if (options.image is None) == (options.bios is None):
         options.error("give either an IMAGE or --bios FILE")
-    from pykvm.boot import read_image
-
-    image = read_image(options.bios or options.image)
-    modules = [_module(text) for text in options.module]
-    from pykvm.pc import Pc
+    # The machine first: KVM sets up its interrupt controllers while we import the rest, and makes whoever adds
+    # memory before that is done wait for it (an SRCU grace period, 8 ms).
     from pykvm.vm import VM
 
-    with VM(options.memory, backend=options.backend, cpus=options.cpus, irqchip=True) as vm:
+    with VM(0, backend=options.backend, cpus=options.cpus, irqchip=True) as vm:
         if vm.fallback_reason is not None:
             print(f"pykvm: using the emulator: {vm.fallback_reason}", file=sys.stderr)
+        from pykvm.boot import read_image
+        from pykvm.pc import Pc
+
+        image = read_image(options.bios or options.image)
+        modules = [_module(text) for text in options.module]
+        vm.add_ram(options.memory)
         pc = Pc(
             vm,
             output=_writer(1),

@@ -151,6 +151,9 @@ class Machine(Protocol):
     def irq(self, gsi: int) -> IrqLine:
         """The interrupt line `gsi`. Raises ConfigurationError without an interrupt controller."""
 
+    def devices(self) -> Sequence[tuple[Device, int, int]]:
+        """Devices of the backend's own that belong on the port bus: (device, port, size)."""
+
     def serve(self, space: str, address: int, size: int, device: Device) -> bool:
         """Offer a device (`space` is "port" or "mmio") to be served inside the backend.
 

@@ -6,8 +6,9 @@ devices of a PC. `run` executes it until something ends it and says what, as a v
 Threads
 -------
 `run` executes the first processor on the calling thread and each further one on a thread of its own, for
-as long as the call lasts. `stop`, `pause`, `resume` and `close` may be called from any thread, from
-devices and from signal handlers; everything else belongs to the thread that runs, or to a pause.
+as long as the call lasts. `stop`, `pause` and `resume` may be called from any thread, from devices and
+from signal handlers, `close` from any thread that is not in `run`; attaching devices and adding memory
+are safe everywhere; everything else belongs to the thread that runs, or to a pause.
 
 All of the control state is guarded by one condition, `_control`, which is never held while a guest
 or a device runs. It may be taken while a device lock is held (a device that stops the machine).
@@ -19,7 +20,7 @@ import threading
 from dataclasses import replace
 
 from pykvm.backends import choose
-from pykvm.bus import Bus
+from pykvm.bus import Attachment, Bus
 from pykvm.errors import ConfigurationError
 from pykvm.exits import Debug, EmulationFailure, Interrupted, Shutdown, Stopped, Unhandled
 from pykvm.layout import HOLE_END, HOLE_START
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pykvm.boot import Entry, Module
-    from pykvm.bus import Attachment
     from pykvm.exits import Exit
     from pykvm.interfaces import Device, IrqLine, Vcpu
     from pykvm.memory import Slot
@@ -61,6 +61,20 @@ class _HandlerDevice:
         self.handler(offset, size, value)
 
 
+class _Run:
+    """One call of `VM.run` or `VM.step`, and who takes part in it. Guarded by `VM._control`."""
+
+    __slots__ = ("active", "kicked", "parked", "threads", "timer")
+
+    def __init__(self) -> None:
+        self.threads = {threading.get_ident()}  # those that execute it
+        # Processors, by index:
+        self.active: set[int] = set()  # that have not ended
+        self.parked: set[int] = set()  # that wait for resume
+        self.kicked: set[int] = set()  # that we kicked and that have not looked at the control state since
+        self.timer: threading.Timer | None = None
+
+
 class VM:
     """A virtual machine.
 
@@ -77,7 +91,6 @@ class VM:
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise ConfigurationError(f"{cpus} processors: from 1 to {MAX_CPUS} are possible")
-        size = parse_size(memory) if memory else 0
         self.backend, self.fallback_reason = choose(backend)
         self.ports = Bus("port", PORTS)
         self.mmio = Bus("mmio", PHYSICAL_ADDRESSES)
@@ -88,29 +101,30 @@ class VM:
         self.vcpus: tuple[Vcpu, ...] = ()
         self.entry: Entry | None = None
         self._control = threading.Condition()
-        self._ending: Exit | None = None  # why the run ends, or the next one will
-        self._runners: set[int] = set()  # threads that are in run, by ident
-        self._parked: set[int] = set()  # processors that wait for resume, by index
+        self._run: _Run | None = None  # the one in progress
+        self._ending: Exit | None = None  # why it ends, or the next one will
         self._paused = False
-        self._we_kicked = False
         self._closed = False
-        self._timer: threading.Timer | None = None  # the one that may end the present run
         self.machine = self.backend.machine(irqchip=irqchip, cpus=cpus)
         self.memory = Memory(on_add=self._map, on_remove=self._unmap)
         try:
-            if size:
-                self._add_ram(size)
+            if memory:
+                self.add_ram(memory)
             self.vcpus = tuple(self.machine.vcpu(index) for index in range(cpus))
+            for device, port, ports in self.machine.devices():
+                self.attach(device, port=port, size=ports)
         except BaseException:
             self._release()
             raise
 
     # Construction
 
-    def _add_ram(self, size: int) -> None:
-        self.memory.add(0, min(size, HOLE_START), name="ram")
-        if size > HOLE_START:
-            self.memory.add(HOLE_END, size - HOLE_START, name="ram above 4G")
+    def add_ram(self, size: int | str) -> None:
+        """Give a machine made with ``memory=0`` its RAM: from address 0, around the hole below 4 GiB."""
+        total = parse_size(size)
+        self.memory.add(0, min(total, HOLE_START), name="ram")
+        if total > HOLE_START:
+            self.memory.add(HOLE_END, total - HOLE_START, name="ram above 4G")
 
     def _map(self, slot: Slot) -> None:
         self.machine.map(slot.index, slot.address, slot, readonly=slot.readonly, log_dirty=slot.log_dirty)
@@ -134,12 +148,14 @@ class VM:
         self.machine.serve(space, start, size, device)
         return attachment
 
-    def detach(self, device: Device) -> None:
-        """Remove a device from both buses. Raises BusError if it is on neither."""
-        self.machine.unserve(device)
-        on = [bus for bus in (self.ports, self.mmio) if any(each.device is device for each in bus)]
+    def detach(self, what: Attachment | Device) -> None:
+        """Remove one range, or a device from both buses. Raises BusError if it is on neither."""
+        self.machine.unserve(what.device if isinstance(what, Attachment) else what)
+        on = [
+            bus for bus in (self.ports, self.mmio) if any(what is each or what is each.device for each in bus)
+        ]
         for bus in on or [self.ports]:
-            bus.detach(device)
+            bus.detach(what)
 
     def on_port(self, port: int, size: int = 1) -> Callable[[Handler], Handler]:
         """Decorator: make a function answer `size` ports from `port` on.
@@ -195,6 +211,10 @@ class VM:
         if format == "firmware":
             from pykvm.boot.firmware import load_firmware
 
+            if mode or load_address is not None or command_line or modules:
+                raise ConfigurationError(
+                    "firmware knows its place: drop mode, address, command line and modules"
+                )
             entry = load_firmware(data, self.memory)
         else:
             options = boot.LoadOptions(format, mode, load_address, command_line, tuple(modules))
@@ -212,42 +232,58 @@ class VM:
         """Execute until something ends it, or for `timeout` seconds; returns why.
 
         What a device or a Python signal handler raises leaves as it is, and the machine can be run again.
-        Raises ConfigurationError if the machine is closed or already running.
+        Raises ConfigurationError if the machine is closed or already running, or for a negative timeout.
         """
-        self._begin()
-        timer = self._start_timer(timeout) if timeout is not None else None
+        if timeout is not None and not timeout >= 0:  # NaN is refused too
+            raise ConfigurationError(f"a timeout of {timeout} seconds: it must be 0 or more")
+        run = _Run()
         try:
-            result = self._run_vcpu(self.vcpus[0]) if len(self.vcpus) == 1 else self._run_all()
+            self._begin(run, 0)
+            if timeout is not None:
+                self._start_timer(run, timeout)
+            several = len(self.vcpus) > 1
+            return self._with_failure(self._run_all(run) if several else self._run_vcpu(run, self.vcpus[0]))
         finally:
-            if timer is not None:
-                timer.cancel()
-            self._finish()
-        return self._with_failure(result)
+            self._finish(run)
 
     async def run_async(self, timeout: float | None = None) -> Exit:
-        """As `run`, on a thread of the event loop's executor. Cancelling it stops the guest first."""
+        """As `run`, on a thread of its own. Cancelling it stops the guest before the task goes on."""
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+        from contextlib import suppress
 
-        future = asyncio.get_running_loop().run_in_executor(None, self.run, timeout)
+        # Not the event loop's executor: its threads are few, and machines may wait for each other.
+        executor = ThreadPoolExecutor(1, thread_name_prefix="pykvm")
+        future = asyncio.get_running_loop().run_in_executor(executor, self.run, timeout)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             while not future.done():  # it may not have started yet
                 self._end(Interrupted(0, "cancel"), only_if_running=True)
-                await asyncio.wait([future], timeout=0.01)
+                with suppress(asyncio.CancelledError):  # a second time: the guest has to stop all the same
+                    await asyncio.wait([future], timeout=0.01)
             raise
+        finally:
+            executor.shutdown(wait=False)
 
     def step(self, vcpu: int = 0) -> Exit:
-        """Execute one instruction of one processor; `Debug` with kind "step" if all went well."""
-        self._begin()
+        """Execute one instruction of one processor; `Debug` with kind "step" if all went well.
+
+        Raises ConfigurationError if there is no such processor, or as `run`.
+        """
+        if not 0 <= vcpu < len(self.vcpus):
+            raise ConfigurationError(f"there is no processor {vcpu}: they are 0 to {len(self.vcpus) - 1}")
+        run = _Run()
         try:
-            result = self.vcpus[vcpu].step(self)
-            ending = self._ending
+            self._begin(run, vcpu)
+            result = self._ending or self.vcpus[vcpu].step(self)
+            if type(result) in (Interrupted, Debug) and self._ending is not None:
+                result = self._ending
+            elif type(result) is Interrupted and run.kicked:
+                result = Interrupted(vcpu, "pause")
+            return self._with_failure(result)
         finally:
-            self._finish()
-        if ending is not None and type(result) in (Interrupted, Debug):
-            result = ending
-        return self._with_failure(result)
+            self._finish(run)
 
     def stop(self, status: int = 0, reason: str = "stop") -> None:
         """End the run, or else the next one, with `Stopped`. From any thread, also from a device."""
@@ -256,15 +292,15 @@ class VM:
     def pause(self) -> None:
         """Hold all processors where they are, inside `run`; returns when they stand still.
 
-        State can then be read and set from the calling thread. From within a device, which cannot wait
-        for itself, it returns at once and takes effect when the device returns.
+        State can then be read and set from the calling thread. The pause lasts until `resume`, also when the
+        run ends meanwhile: the next one then waits at its start. From within a device, which cannot wait
+        for itself, this returns at once and takes effect when the device returns.
         """
         with self._control:
-            if not self._paused:
-                self._paused = True
-                self._kick_all()
-            if threading.get_ident() not in self._runners:
-                self._control.wait_for(lambda: len(self._parked) == len(self._runners) or not self._paused)
+            self._paused = True
+            self._kick_all()
+            if self._run is None or threading.get_ident() not in self._run.threads:
+                self._control.wait_for(lambda: not self._paused or self._stands_still())
 
     def resume(self) -> None:
         """Let a paused machine go on."""
@@ -272,28 +308,34 @@ class VM:
             self._paused = False
             self._control.notify_all()
 
-    def _begin(self) -> None:
+    def _stands_still(self) -> bool:
+        return self._run is None or self._run.parked >= self._run.active
+
+    def _begin(self, run: _Run, vcpu: int) -> None:
+        """Start `run` with the processor that executes on this thread."""
         with self._control:
             if self._closed:
                 raise ConfigurationError("the machine is closed")
-            if self._runners:
-                raise ConfigurationError("the machine is already running on another thread")
-            self._runners.add(threading.get_ident())
+            if self._run is not None:
+                raise ConfigurationError("the machine is already running")
+            run.active.add(vcpu)
+            self._run = run
 
-    def _finish(self) -> None:
+    def _finish(self, run: _Run) -> None:
+        if run.timer is not None:
+            run.timer.cancel()
         with self._control:
-            if self._we_kicked:
-                for vcpu in self.vcpus:
-                    vcpu.clear_kick()
-                self._we_kicked = False
-            self._timer = None
+            if self._run is not run:  # it was refused
+                return
+            for index in run.kicked:
+                self.vcpus[index].clear_kick()
             self._ending = None
-            self._runners.clear()
+            self._run = None
             self._control.notify_all()
 
     def _end(self, exit: Exit, *, only_if_running: bool = False) -> None:
         with self._control:
-            if only_if_running and not self._runners:
+            if only_if_running and self._run is None:
                 return
             if self._ending is None:
                 self._ending = exit
@@ -301,32 +343,29 @@ class VM:
             self._control.notify_all()
 
     def _kick_all(self) -> None:
-        """Make every processor that is not parked look at the control state. Kicks are sticky, so one that
-        needs none must get none: its next run would return for nothing."""
-        if self._runners:
-            self._we_kicked = True
-            for vcpu in self.vcpus:
-                if vcpu.index not in self._parked:
-                    vcpu.kick()
+        """Make every processor look at the control state, with `_control` held.
 
-    def _start_timer(self, timeout: float) -> threading.Timer:
-        if timeout < 0:
-            raise ConfigurationError(f"a timeout of {timeout} seconds")
+        Kicks are sticky, so one that will look anyhow gets none: its next run would return for nothing.
+        """
+        if self._run is not None:
+            for index in self._run.active - self._run.parked - self._run.kicked:
+                self._run.kicked.add(index)
+                self.vcpus[index].kick()
 
+    def _start_timer(self, run: _Run, timeout: float) -> None:
         def time_out() -> None:
             with self._control:
-                if self._timer is timer:
+                if self._run is run:
                     self._end(Interrupted(0, "timeout"))
 
-        self._timer = timer = threading.Timer(timeout, time_out)
-        timer.daemon = True
-        timer.start()
-        return timer
+        run.timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), time_out)
+        run.timer.daemon = True
+        run.timer.start()
 
-    def _run_vcpu(self, vcpu: Vcpu) -> Exit:
+    def _run_vcpu(self, run: _Run, vcpu: Vcpu) -> Exit:
         """Run one processor until the machine ends, through pauses."""
-        exit: Exit | None = None
         while True:
+            exit = None
             if self._ending is None and not self._paused:
                 exit = vcpu.run(self)
                 if type(exit) is not Interrupted:
@@ -334,46 +373,75 @@ class VM:
             with self._control:
                 if self._ending is not None:
                     return self._ending
+                if exit is not None:
+                    if vcpu.index not in run.kicked:
+                        return exit
+                    run.kicked.discard(vcpu.index)
                 if self._paused:
-                    self._park(vcpu.index)
-                elif exit is not None:
-                    return exit  # a kick of this processor that was not ours
-            exit = None
+                    self._park(run, vcpu.index)
 
-    def _park(self, index: int) -> None:
+    def _park(self, run: _Run, index: int) -> None:
         """Wait for resume or the end, with `_control` held."""
-        self._parked.add(index)
+        run.parked.add(index)
         self._control.notify_all()
         self._control.wait_for(lambda: not self._paused or self._ending is not None)
-        self._parked.discard(index)
+        run.parked.discard(index)
 
-    def _run_all(self) -> Exit:
+    def _run_all(self, run: _Run) -> Exit:
         """Run all processors; the first one to end ends the machine."""
         results: list[Exit] = []
         errors: list[BaseException] = []
 
-        def drive(vcpu: Vcpu) -> None:
-            with self._control:
-                self._runners.add(threading.get_ident())
-            try:
-                results.append(self._run_vcpu(vcpu))
-                self._end(results[0])
-            except BaseException as error:  # goes on in the caller of run
-                errors.append(error)
-                self._end(Interrupted(vcpu.index, "error"))
+        def fail(vcpu: Vcpu, error: BaseException) -> None:
+            errors.append(error)  # goes on in the caller of run
+            self._end(Interrupted(vcpu.index, "error"))
 
-        threads = [
-            threading.Thread(target=drive, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-            for vcpu in self.vcpus[1:]
-        ]
-        for thread in threads:
-            thread.start()
-        drive(self.vcpus[0])
-        for thread in threads:
-            thread.join()
+        def drive(vcpu: Vcpu) -> None:
+            try:
+                with self._control:
+                    run.threads.add(threading.get_ident())
+                exit = self._run_vcpu(run, vcpu)
+                results.append(exit)
+                self._end(exit)
+            except BaseException as error:
+                fail(vcpu, error)
+            finally:
+                self._leave(run, vcpu.index)
+
+        try:
+            for vcpu in self.vcpus[1:]:
+                thread = threading.Thread(target=drive, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+                try:
+                    self._enter(run, vcpu.index)
+                    thread.start()
+                except RuntimeError as error:  # the system has no more threads
+                    self._leave(run, vcpu.index)
+                    fail(vcpu, error)
+            drive(self.vcpus[0])
+        finally:
+            self._end(Interrupted(0, "error"))  # changes nothing unless a signal came between these lines
+            self._join(run)
         if errors:
             raise errors[0]
         return results[0]
+
+    def _enter(self, run: _Run, index: int) -> None:
+        with self._control:
+            run.active.add(index)
+
+    def _leave(self, run: _Run, index: int) -> None:
+        with self._control:
+            run.active.discard(index)
+            self._control.notify_all()
+
+    def _join(self, run: _Run) -> None:
+        """Wait until all processors have left, through a first Ctrl-C, but not through a second."""
+        with self._control:
+            try:
+                self._control.wait_for(lambda: not run.active)
+            except BaseException:
+                self._control.wait_for(lambda: not run.active)
+                raise
 
     def _with_failure(self, exit: Exit) -> Exit:
         """Add to a failed exit what the machine looks like, while it still does."""
@@ -404,12 +472,13 @@ class VM:
         ConfigurationError when called by a device of this machine, which would wait for itself.
         """
         with self._control:
-            if threading.get_ident() in self._runners:
-                raise ConfigurationError("a device cannot close its own machine: call stop() instead")
-            self._closed = True
-            if self._runners:
+            if self._run is not None:
+                if threading.get_ident() in self._run.threads:
+                    raise ConfigurationError("a device cannot close its own machine: call stop() instead")
+                self._closed = True
                 self._end(Stopped(0, 0, "close"))
-                self._control.wait_for(lambda: not self._runners)
+                self._control.wait_for(lambda: self._run is None)
+            self._closed = True
         self._release()
 
     def _release(self) -> None:

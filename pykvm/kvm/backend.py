@@ -10,7 +10,7 @@ import os
 
 from pykvm.errors import BackendUnavailable, ConfigurationError, KvmError
 from pykvm.exits import Debug
-from pykvm.layout import KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE
+from pykvm.layout import KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, PIT, PORT_B
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ DEVICE = "/dev/kvm"
 KVM_API_VERSION = 12
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
-KVM_PIT_SPEAKER_DUMMY = 1 << 0
 KVM_GUESTDBG_ENABLE = 1 << 0
 KVM_GUESTDBG_SINGLESTEP = 1 << 1
 KVM_GUESTDBG_USE_HW_BP = 1 << 17
@@ -205,7 +204,6 @@ class KvmMachine:
             self.fd.set_tss_addr(KVM_TSS)
             if irqchip:
                 self.fd.create_irqchip()
-                self.fd.create_pit2(KVM_PIT_SPEAKER_DUMMY)
         except BaseException:
             self.fd.close()
             raise
@@ -248,6 +246,15 @@ class KvmMachine:
         if not self.irqchip:
             raise ConfigurationError("this machine has no interrupt controller: make it with irqchip=True")
         return KvmIrqLine(self.fd, gsi)
+
+    def devices(self) -> list[tuple[Device, int, int]]:
+        """The timer's ports, until the guest has touched it and KVM takes over."""
+        if not self.irqchip:
+            return []
+        from pykvm.kvm.pit import LazyPit
+
+        pit = LazyPit(self.fd)
+        return [(pit, PIT, 4), (pit.port_b, PORT_B, 1)]
 
     def serve(self, space: str, address: int, size: int, device: Device) -> bool:
         """Take devices written in C (`pykvm.device.CDevice`) into the run loop."""
