@@ -18,8 +18,9 @@ from setuptools.command.build_ext import build_ext
 PUBLIC_DECLARATIONS = ("ext/pykvm/__init__.pxd", "ext/pykvm/device.pxd")
 
 NOT_BUILT = """\
-pykvm: {name} was not built, so the kvm backend will not be available; the emulator backend works without it.
-pykvm: building it needs a C compiler, Python.h and <linux/kvm.h> (Debian: apt-get install gcc libc6-dev python3-dev)."""
+pykvm: {name} was not built: there will be no kvm backend, but the emulator backend works without it.
+pykvm: it needs a C compiler, Python.h and <linux/kvm.h> (Debian: apt-get install gcc libc6-dev python3-dev).
+"""
 
 
 class BuildExtension(build_ext):
@@ -39,7 +40,7 @@ class BuildExtension(build_ext):
         except Exception:
             # An older build must not be packaged in its place.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            print(NOT_BUILT.format(name=ext.name), file=sys.stderr)
+            sys.stderr.write(NOT_BUILT.format(name=ext.name))
             raise
 
 

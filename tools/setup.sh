@@ -65,8 +65,8 @@ install_packages() {
         return
     fi
     say "installing Debian packages:" "$@"
-    $as_root apt-get -q update >&2 || say "apt-get update failed; going on"
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends \
+    $as_root apt-get -qq update >&2 || say "apt-get update failed; going on"
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
         -o DPkg::Lock::Timeout=120 install "$@" >&2 || say "could not install:" "$@"
 }
 
