@@ -30,12 +30,12 @@ finishes, and may do so shortly after `detach` has returned.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from operator import index as as_integer
 from threading import Lock, RLock
 from weakref import WeakValueDictionary
 
 from pykvm.errors import BusError
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     ReadEntry = tuple[int, int, Callable[[int, int], int], RLock]
     WriteEntry = tuple[int, int, Callable[[int, int, int], None], RLock]
 
-__all__ = ["Attachment", "Bus", "Unclaimed"]
+__all__ = ["Attachment", "Bus", "Unclaimed", "all_ones"]
 
 _MASKS = {size: (1 << (8 * size)) - 1 for size in range(1, 9)}
 
@@ -57,18 +57,26 @@ _device_locks: WeakValueDictionary[int, RLock] = WeakValueDictionary()
 _device_locks_guard = Lock()
 
 
+def all_ones(size: int) -> int:
+    """What `size` bytes read as when nothing drives the bus."""
+    return (1 << (8 * size)) - 1
+
+
 def _lock_of(device: Device) -> RLock:
     with _device_locks_guard:
         return _device_locks.setdefault(id(device), RLock())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Attachment:
+class Attachment(Value):
     """A device at a range of a bus: `size` ports or bytes from `address` on."""
 
     device: Device
     address: int
     size: int
+
+    # An attachment is that range on that bus, not a description of it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     @property
     def end(self) -> int:

@@ -21,6 +21,7 @@ import os
 import sys
 from contextlib import contextmanager
 
+from pykvm import backends
 from pykvm.errors import ConfigurationError, PykvmError
 from pykvm.exits import Halt, Interrupted, Stopped
 
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pykvm.doctor import main as doctor
 
         return doctor(arguments[1:])
-    options = _parser().parse_args(arguments)
     try:
+        if arguments[:1] == ["boot"]:
+            backends.get("kvm").prepare()  # KVM works in the background while we parse and import
+        options = _parser(arguments).parse_args(arguments)
         return boot(options)
     except PykvmError as error:
         return _fail(str(error))
@@ -70,18 +73,32 @@ def _fail(message: str) -> int:
     return FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser for these arguments: of boot itself, or of all commands if it is not boot."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="pykvm", description="Virtual machines inside Python.")
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, width=100)  # a given width spares asking for the terminal's
+
+    if arguments[:1] == ["boot"]:
+        parser = argparse.ArgumentParser(
+            "pykvm boot",
+            description="Boot an image: flat binary, boot sector, ELF, Multiboot 1 or 2, or firmware.",
+            formatter_class=formatter,
+        )
+        parser.add_argument("command", choices=["boot"], help=argparse.SUPPRESS)
+        _add_boot_arguments(parser)
+        parser.set_defaults(error=parser.error)
+        return parser
+    parser = argparse.ArgumentParser("pykvm", description="Virtual machines inside Python.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("boot", help="boot an image")
     commands.add_parser("doctor", help="say what KVM this host has and which backend would be used")
-    boot = commands.add_parser(
-        "boot",
-        help="boot an image",
-        description="Boot an image: flat binary, boot sector, ELF, Multiboot 1 or 2, or firmware.",
-    )
-    add = boot.add_argument
+    return parser
+
+
+def _add_boot_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("image", nargs="?", metavar="IMAGE", help="the image; its format is told by its magic")
     add("--bios", metavar="FILE", help="firmware to start from the reset vector, instead of IMAGE")
     add("--backend", choices=("auto", "kvm", "emulator"), default="auto")
@@ -96,8 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--debug-port", metavar="P", type=_address, help="one more debug console port (with --bios: 0x402)")
     add("--trace", metavar="FILE", help="write every port and MMIO access to FILE (- is standard error)")
     add("--stats", action="store_true", help="print exits by kind and times to standard error")
-    boot.set_defaults(error=boot.error)
-    return parser
 
 
 def _usage(message: str) -> NoReturn:
@@ -135,19 +150,15 @@ def boot(options: argparse.Namespace) -> int:
     """The boot command. Raises PykvmError for what keeps the guest from running."""
     if (options.image is None) == (options.bios is None):
         options.error("give either an IMAGE or --bios FILE")
-    # The machine first: KVM sets up its interrupt controllers while we import the rest, and makes whoever adds
-    # memory before that is done wait for it (an SRCU grace period, 8 ms).
+    from pykvm.boot import read_image
+    from pykvm.pc import Pc
     from pykvm.vm import VM
 
-    with VM(0, backend=options.backend, cpus=options.cpus, irqchip=True) as vm:
+    image = read_image(options.bios or options.image)
+    modules = [_module(text) for text in options.module]
+    with VM(options.memory, backend=options.backend, cpus=options.cpus, irqchip=True) as vm:
         if vm.fallback_reason is not None:
             print(f"pykvm: using the emulator: {vm.fallback_reason}", file=sys.stderr)
-        from pykvm.boot import read_image
-        from pykvm.pc import Pc
-
-        image = read_image(options.bios or options.image)
-        modules = [_module(text) for text in options.module]
-        vm.add_ram(options.memory)
         pc = Pc(
             vm,
             output=_writer(1),

@@ -11,7 +11,7 @@ Each is a frozen, slotted dataclass whose first field is the index of the vCPU t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pykvm.values import Value
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Value):
     """What the machine looked like when its guest died. Made by `pykvm.explain`.
 
     The tuples hold lines of text, ready to print; empty where there is nothing to tell.
@@ -66,15 +65,13 @@ def _explain(headline: str, failure: Failure | None) -> str:
     return "\n".join([headline, *(failure.lines() if failure is not None else ())])
 
 
-@dataclass(frozen=True, slots=True)
-class Halt:
+class Halt(Value):
     """The vCPU executed HLT and nothing is left that could wake it."""
 
     vcpu: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Stopped:
+class Stopped(Value):
     """The machine was asked to end: by a device (debug exit, power-off, reset) or by `VM.stop`.
 
     `status` is the code that the guest or the caller gave, 0 if none; `reason` is one of
@@ -86,8 +83,7 @@ class Stopped:
     reason: str = "stop"
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupted:
+class Interrupted(Value):
     """The run was cut short from outside; running again continues where it left off.
 
     `reason` is ``"kick"``, ``"timeout"`` or ``"pause"``.
@@ -97,8 +93,7 @@ class Interrupted:
     reason: str = "kick"
 
 
-@dataclass(frozen=True, slots=True)
-class Debug:
+class Debug(Value):
     """A single step is done, or a breakpoint was reached.
 
     `kind` is ``"step"`` or ``"breakpoint"``; `address` is the linear address of the next
@@ -112,8 +107,7 @@ class Debug:
     dr7: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(Value):
     """A triple fault: an exception while delivering a double fault (SDM volume 3, 6.15)."""
 
     vcpu: int = 0
@@ -124,8 +118,7 @@ class Shutdown:
         return _explain(f"vCPU {self.vcpu}: triple fault", self.failure)
 
 
-@dataclass(frozen=True, slots=True)
-class EmulationFailure:
+class EmulationFailure(Value):
     """The backend met an instruction that it cannot execute.
 
     `code` holds the instruction's bytes where they are known, `suberror` is KVM's
@@ -145,8 +138,7 @@ class EmulationFailure:
         return _explain(f"vCPU {self.vcpu}: cannot execute instruction{code}{detail}", self.failure)
 
 
-@dataclass(frozen=True, slots=True)
-class Unhandled:
+class Unhandled(Value):
     """An exit that nothing in the machine handles.
 
     `reason` is KVM's name for it (``"KVM_EXIT_FAIL_ENTRY"``), `data` its payload by field name.

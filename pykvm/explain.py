@@ -10,7 +10,6 @@ Sources: Intel SDM volume 3, chapters 3 (segments), 4 (paging), 6 (interrupts), 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 
 from pykvm import registers as bits
 from pykvm.errors import MemoryAccessError
@@ -35,6 +34,7 @@ from pykvm.registers import (
     Segment,
     SystemRegisters,
 )
+from pykvm.values import Value, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ _INSTRUCTION_MAX = 15
 # --- Paging -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PageStep:
+class PageStep(Value):
     """One entry that a page walk read: `entry` from guest-physical `address`, None if there is no memory."""
 
     level: str
@@ -91,8 +90,7 @@ class PageStep:
         return f"{self.level}[{self.index}] at {self.address:#x} = {self.entry:#018x} [{_entry_flags(self)}]"
 
 
-@dataclass(frozen=True, slots=True)
-class PageWalk:
+class PageWalk(Value):
     """How a linear address translates.
 
     `physical` is None where the tables do not map it. `why` says why an access faults, with the entry that
@@ -106,8 +104,7 @@ class PageWalk:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
+class _Level(Value):
     """One table of the hierarchy: the address bits that index it and what its entries may hold."""
 
     name: str
@@ -118,8 +115,7 @@ class _Level:
     has_rights: bool = True  # the PDPTEs of PAE paging have no RW and US
 
 
-@dataclass(frozen=True, slots=True)
-class _Paging:
+class _Paging(Value):
     """One kind of paging (SDM volume 3, table 4-1)."""
 
     name: str
@@ -374,8 +370,7 @@ def _decode_descriptor(selector: int, raw: bytes) -> Segment:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Guest:
+class _Guest(Value):
     """The guest as its processor sees it: memory by linear address, tables by selector and vector."""
 
     memory: Memory

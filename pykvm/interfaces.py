@@ -174,6 +174,9 @@ class Backend(Protocol):
     def why_unavailable(self) -> str | None:
         """None if it works here, or a sentence that says what is missing and what to do."""
 
+    def prepare(self) -> None:
+        """Begin to make the next machine in the background, if the backend works and that helps."""
+
     def machine(self, *, irqchip: bool = False, cpus: int = 1) -> Machine:
         """A new, empty machine for up to `cpus` processors.
 

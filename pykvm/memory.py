@@ -15,12 +15,12 @@ import os
 import stat
 import struct
 from bisect import bisect_right
-from dataclasses import dataclass, field
 from threading import Lock
 from weakref import finalize
 
 from pykvm.errors import ConfigurationError, MemoryAccessError, MemoryInUseError
 from pykvm.layout import PAGE_SIZE
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def _parse_size_text(text: str) -> int:
     return int(size) if size.is_integer() else 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class Slot(Value):
     """A piece of guest-physical memory. Made by `Memory.add`.
 
     `index` is its slot number for the backend. `address` and `size` are in bytes. `readonly` holds for the
@@ -84,15 +83,22 @@ class Slot:
     readonly: bool
     log_dirty: bool
     name: str
-    buffer: mmap.mmap = field(repr=False)
+    buffer: mmap.mmap
     fd: int
     file_offset: int
-    _close_fd: Callable[[], object] | None = field(repr=False)
+    _close_fd: Callable[[], object] | None
 
     @property
     def end(self) -> int:
         """The first address after the slot."""
         return self.address + self.size
+
+    # A slot is that piece of memory, not a description of it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     def __str__(self) -> str:
         return f"slot {self.name or self.index} at {self.address:#x}..{self.end:#x}"

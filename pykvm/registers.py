@@ -7,7 +7,7 @@ Sources: Intel SDM volume 3, chapters 2 (control registers), 3 (segmentation); L
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pykvm.values import Value
 
 # RFLAGS (SDM volume 1, 3.4.3)
 RFLAGS_CF = 1 << 0
@@ -81,8 +81,7 @@ PTE_G = 1 << 8
 PTE_NX = 1 << 63
 
 
-@dataclass(frozen=True, slots=True)
-class Registers:
+class Registers(Value):
     """The general-purpose registers, RIP and RFLAGS (``struct kvm_regs``); 64-bit unsigned each."""
 
     rax: int = 0
@@ -105,8 +104,7 @@ class Registers:
     rflags: int = RFLAGS_FIXED
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Value):
     """A segment register with its hidden part (``struct kvm_segment``).
 
     `limit` is in bytes, already scaled by the granularity; `type` is the 4-bit descriptor type;
@@ -127,16 +125,14 @@ class Segment:
     unusable: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DescriptorTable:
+class DescriptorTable(Value):
     """GDTR or IDTR: linear base address and limit in bytes (size minus one)."""
 
     base: int = 0
     limit: int = 0xFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class SystemRegisters:
+class SystemRegisters(Value):
     """Segments, tables and control registers (``struct kvm_sregs``).
 
     The defaults are the state after RESET (SDM volume 3, table 10-1): the first instruction

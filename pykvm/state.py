@@ -5,7 +5,7 @@ Field names follow Linux' ``struct kvm_fpu``, ``kvm_debugregs`` and ``kvm_vcpu_e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pykvm.values import Value
 
 # KVM_MP_STATE_*: whether a vCPU executes (KVM API 4.38)
 MP_STATE_RUNNABLE = 0
@@ -15,8 +15,7 @@ MP_STATE_HALTED = 3
 MP_STATE_SIPI_RECEIVED = 4
 
 
-@dataclass(frozen=True, slots=True)
-class FpuState:
+class FpuState(Value):
     """x87, MMX and SSE registers (``struct kvm_fpu``).
 
     `fpr` holds ST0..ST7 as 16 bytes each (80 bits used), `xmm` XMM0..XMM15 as 16 bytes each,
@@ -34,8 +33,7 @@ class FpuState:
     mxcsr: int = 0x1F80
 
 
-@dataclass(frozen=True, slots=True)
-class DebugRegisters:
+class DebugRegisters(Value):
     """DR0..DR3, DR6 and DR7 (``struct kvm_debugregs``)."""
 
     db: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -44,8 +42,7 @@ class DebugRegisters:
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class VcpuEvents:
+class VcpuEvents(Value):
     """Exceptions, interrupts and NMIs in flight (``struct kvm_vcpu_events``).
 
     `flags` says which optional parts are valid (``KVM_VCPUEVENT_VALID_*``).

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,15 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["Statistics"]
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(Value):
     """Counts since the machine was made, and times since `VM.measure_time`; seconds.
 
     `exits` counts by the exit's name (``"KVM_EXIT_IO"``); `served` are the accesses that devices written
     in C answered without returning to Python; `instructions` is known on the emulator only.
     """
 
-    exits: Mapping[str, int] = field(default_factory=dict)
+    exits: Mapping[str, int] = MappingProxyType({})
     served: int = 0
     instructions: int | None = None
     guest_seconds: float = 0.0

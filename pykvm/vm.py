@@ -17,7 +17,6 @@ or a device runs. It may be taken while a device lock is held (a device that sto
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 from pykvm.backends import choose
 from pykvm.bus import Attachment, Bus
@@ -25,6 +24,7 @@ from pykvm.errors import ConfigurationError
 from pykvm.exits import Debug, EmulationFailure, Interrupted, Shutdown, Stopped, Unhandled
 from pykvm.layout import HOLE_END, HOLE_START
 from pykvm.memory import Memory, parse_size
+from pykvm.values import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

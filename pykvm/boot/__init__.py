@@ -21,10 +21,9 @@ the disk for it. `LoadOptions.format` overrides all of this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pykvm.errors import ConfigurationError, ImageError
 from pykvm.registers import Registers, SystemRegisters
+from pykvm.values import Value
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -48,16 +47,14 @@ LINUX_MAGIC = b"HdrS"
 LINUX_MAGIC_OFFSET = 0x202  # Documentation/arch/x86/boot.rst
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(Value):
     """A file handed to a Multiboot kernel, with the string that names it."""
 
     data: bytes
     command_line: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
+class LoadOptions(Value):
     """How to load an image; None means what the image itself asks for.
 
     `format` is one of `FORMATS`; `mode` is the processor mode at entry: ``"real"``,
@@ -72,16 +69,14 @@ class LoadOptions:
     modules: tuple[Module, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rom:
+class Rom(Value):
     """Read-only memory that the machine must map at guest-physical `address`."""
 
     address: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Value):
     """Where and how the first processor starts, and the ROMs that the image brings."""
 
     format: str

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from pykvm.boot import ELF_MAGIC, Entry, LoadOptions, modes
 from pykvm.boot.placement import Piece, Placement
 from pykvm.errors import ImageError
 from pykvm.registers import SystemRegisters
+from pykvm.values import Value
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ PN_XNUM = 0xFFFF  # "too many for this field"
 SHT_NULL, SHT_NOBITS = 0, 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Class:
+class _Class(Value):
     """How one ELF class lays out its headers. The program header's fields differ in order too."""
 
     bits: int
@@ -59,8 +58,7 @@ _CLASSES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Value):
     """A PT_LOAD segment with something in it."""
 
     virtual: int
@@ -69,8 +67,7 @@ class Segment:
     memory_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(Value):
     """A section header: its raw fields, in the order of ``Elf32_Shdr``, and what it covers."""
 
     fields: tuple[int, ...]
@@ -82,8 +79,7 @@ class Section:
         return self.fields[3]
 
 
-@dataclass(frozen=True, slots=True)
-class Elf:
+class Elf(Value):
     """A parsed executable. `sections` is empty if there are none, or if their table is damaged."""
 
     bits: int

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pykvm import layout
 from pykvm.boot import BOOT_SECTOR_SIZE, BOOT_SIGNATURE, Entry, LoadOptions, modes
 from pykvm.boot.placement import Piece, Placement
 from pykvm.errors import ConfigurationError, ImageError
 from pykvm.registers import SystemRegisters
+from pykvm.values import replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:

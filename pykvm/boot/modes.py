@@ -11,7 +11,6 @@ own is a triple fault at once, where it happened.
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 from pykvm import layout
 from pykvm.boot.placement import Placement
@@ -40,6 +39,7 @@ from pykvm.registers import (
     Segment,
     SystemRegisters,
 )
+from pykvm.values import replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:

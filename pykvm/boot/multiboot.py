@@ -7,7 +7,6 @@ to set up, so a kernel that demands one is refused.
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 from pykvm import layout
 from pykvm.boot import Entry, LoadOptions, modes
@@ -30,6 +29,7 @@ from pykvm.boot.multiboot_parts import (
 from pykvm.boot.placement import Placement, align_up
 from pykvm.errors import ImageError
 from pykvm.registers import SystemRegisters
+from pykvm.values import replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pykvm import layout
 from pykvm.boot import Entry, LoadOptions, modes
@@ -26,6 +26,7 @@ from pykvm.boot.multiboot_parts import (
 from pykvm.boot.placement import Placement, align_up
 from pykvm.errors import ImageError
 from pykvm.registers import SystemRegisters
+from pykvm.values import Value, replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ _TAG = struct.Struct("<HHI")  # type, flags, size with this header
 _MEMORY_RANGE = struct.Struct("<QQII")  # address, length, type, reserved
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
+class _Range(Value):
     """The relocatable tag: where a kernel may be put. `last` is the last address it may use."""
 
     first: int

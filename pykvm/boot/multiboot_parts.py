@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from pykvm import layout
 from pykvm.boot import ELF_MAGIC, Module, elf
 from pykvm.boot.placement import Piece, Placement, ram_ranges
 from pykvm.errors import ConfigurationError, ImageError
+from pykvm.values import Value, replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ SECTION_TABLE_MAX = 0x4000  # bytes; a longer one is left out, to leave room for
 SYMBOL_ALIGN = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
+class Addresses(Value):
     """The address fields of a header, for kernels in no format the loader knows; all physical."""
 
     header: int
@@ -35,8 +33,7 @@ class Addresses:
     bss_end: int  # 0: no bss
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(Value):
     """A kernel's pieces and its entry point, physical; `elf` if that is its format."""
 
     pieces: tuple[Piece, ...]
@@ -59,8 +56,7 @@ class Kernel:
         return replace(self, pieces=pieces, entry=self.entry + distance)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedModule:
+class PlacedModule(Value):
     """Where a module went: start..end, physical, and its NUL-terminated string."""
 
     start: int

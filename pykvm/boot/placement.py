@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect
-from dataclasses import dataclass
 
 from pykvm import layout
 from pykvm.errors import ConfigurationError, ImageError
+from pykvm.values import Value
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
     from pykvm.memory import Memory
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Value):
     """Part of an image: `data` goes to guest-physical `address`, zeros follow up to `size` bytes."""
 
     address: int

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 
+from pykvm.bus import all_ones
 from pykvm.errors import ConfigurationError
-from pykvm.interfaces import Device
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ CONTROL_SHIFT = 32
 TIMER_SHIFT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiPmState:
+class AcpiPmState(Value):
     """`ticks` is the timer, counted without wrapping; the registers are as the guest sees them."""
 
     ticks: int
@@ -68,7 +67,7 @@ class AcpiPmState:
     control: int
 
 
-class AcpiPm(Device):
+class AcpiPm:
     """The power management block, `SIZE` bytes of ports.
 
     `stop(0, "power-off")` is called when the guest powers off. `irq` is the system control
@@ -109,7 +108,7 @@ class AcpiPm(Device):
     def read(self, offset: int, size: int) -> int:
         """Read any bytes of the block; beyond it, all ones."""
         if not 0 <= offset < self.SIZE:
-            return super().read(offset, size)
+            return all_ones(size)
         with self._lock:
             self._look_at_timer()
             timer = self._ticks() & ((1 << self._timer_bits) - 1)

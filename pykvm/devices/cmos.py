@@ -22,18 +22,26 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
+from pykvm.bus import all_ones
 from pykvm.errors import ConfigurationError
-from pykvm.interfaces import Device
+from pykvm.values import Value
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from pykvm.interfaces import IrqLine
 
-__all__ = ["Cmos", "CmosState", "Timer"]
+    class Timer(Protocol):
+        """What a timer factory returns; `threading.Timer` is one."""
+
+        def start(self) -> None: ...
+        def cancel(self) -> None: ...
+
+
+__all__ = ["Cmos", "CmosState"]
 
 SECOND = 1_000_000_000  # in nanoseconds
 MINUTES_PER_DAY = 24 * 60
@@ -103,21 +111,13 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
-class Timer(Protocol):
-    """What a timer factory returns; `threading.Timer` is one."""
-
-    def start(self) -> None: ...
-    def cancel(self) -> None: ...
-
-
 def _daemon_timer(delay: float, call: Callable[[], None]) -> Timer:
     timer = threading.Timer(delay, call)
     timer.daemon = True  # an enabled alarm must not keep the process alive
     return timer
 
 
-@dataclass(frozen=True, slots=True)
-class CmosState:
+class CmosState(Value):
     """`memory` is all 128 bytes, `offset` the guest's time less the host's in nanoseconds.
 
     While the clock stands, `held` is its time registers as the guest left them, else empty.
@@ -130,7 +130,7 @@ class CmosState:
     flags: int
 
 
-class Cmos(Device):
+class Cmos:
     """The clock and its memory: offset 0 selects a register, offset 1 is its content.
 
     `irq` is IRQ 8. `now()` is the host's time in nanoseconds since 1970. Memory sizes are in
@@ -168,7 +168,7 @@ class Cmos(Device):
 
     def read(self, offset: int, size: int) -> int:
         """Port 0x71 reads the selected register; port 0x70 cannot be read: all ones."""
-        value = super().read(offset, size)
+        value = all_ones(size)
         if offset <= DATA < offset + size:
             shift = 8 * (DATA - offset)
             value &= ~(0xFF << shift)

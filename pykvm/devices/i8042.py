@@ -20,9 +20,9 @@ The output buffer holds one byte, and the newest answer wins.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
-from pykvm.interfaces import Device
+from pykvm.bus import all_ones
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ RESET_NOW = 0x04
 RESET_FULL = 0x08  # cycle the power
 
 
-class _Port(Device):
+class _Port:
     """One of the controller's two byte-wide ports."""
 
     def __init__(self, read: Callable[[], int], write: Callable[[int], None]) -> None:
@@ -95,8 +95,8 @@ class _Port(Device):
     def read(self, offset: int, size: int) -> int:
         """The port's byte; the bytes above it are empty bus."""
         if offset != 0:
-            return super().read(offset, size)
-        return super().read(offset, size) & ~0xFF | self._read()
+            return all_ones(size)
+        return all_ones(size) & ~0xFF | self._read()
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take the low byte."""
@@ -104,8 +104,7 @@ class _Port(Device):
             self._write(value & 0xFF)
 
 
-@dataclass(frozen=True, slots=True)
-class I8042State:
+class I8042State(Value):
     """The controller's registers. `command` is the one that waits for its data byte, or 0."""
 
     config: int = CONFIG_KEYBOARD_OFF | CONFIG_AUX_OFF
@@ -122,9 +121,6 @@ class I8042:
     pulse of output line 0) or by clearing bit 0 of the output port. `irq` is the keyboard's
     line, IRQ 1, high while a byte waits and the configuration enables it.
     """
-
-    data: Device
-    command: Device
 
     def __init__(self, stop: Callable[[int, str], object], *, irq: IrqLine | None = None) -> None:
         self._stop = stop
@@ -229,7 +225,7 @@ class I8042:
             self._irq.set(waits and bool(self._config & CONFIG_KEYBOARD_IRQ))
 
 
-class ResetControl(Device):
+class ResetControl:
     """The reset control register, one byte at port 0xcf9.
 
     Writing RESET_NOW calls `stop(0, "reset")`; the kind of reset makes no difference here.
@@ -242,8 +238,8 @@ class ResetControl(Device):
     def read(self, offset: int, size: int) -> int:
         """The kind of reset last chosen; the bytes above it are empty bus."""
         if offset != 0:
-            return super().read(offset, size)
-        return super().read(offset, size) & ~0xFF | self._value
+            return all_ones(size)
+        return all_ones(size) & ~0xFF | self._value
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Choose a kind of reset, and reset if bit 2 is set."""

@@ -29,12 +29,12 @@ A timer with a control register, a counter and a status whose bits are cleared b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from pykvm.errors import ConfigurationError, SnapshotError
 from pykvm.interfaces import Device
+from pykvm.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,8 +147,7 @@ class Register:
                 raise
 
 
-@dataclass(frozen=True, slots=True)
-class RegisterFileState:
+class RegisterFileState(Value):
     """The contents of a register file, by name, in order of offset."""
 
     registers: tuple[tuple[str, int], ...]

@@ -22,8 +22,9 @@ bytes looped back can be overrun or cleared away.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from threading import Lock
+
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ CHARACTER_LOOPED = 1 << 16
 CHARACTER_BREAK = LSR_BREAK << CHARACTER_ERRORS_SHIFT
 
 
-@dataclass(frozen=True, slots=True)
-class SerialState:
+class SerialState(Value):
     """The state of a `Serial`; the default is that after power-on, with a terminal connected.
 
     `received` and `waiting` are characters in the receive FIFO and still on the line: the byte, its LSR

@@ -28,11 +28,12 @@ from ctypes import (
     c_ulong,
     c_void_p,
 )
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import ioctl_opt  # type: ignore[import-untyped]
+
+from pykvm.values import Value
 
 KVM_API_VERSION = 12
 KVMIO = 0xAE
@@ -462,8 +463,7 @@ class kvm_stats_desc(Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Ioctl:
+class Ioctl(Value):
     """One request of the KVM API.
 
     `direction` is ``""``, ``"R"`` (the kernel writes the structure), ``"W"`` or ``"WR"`` as in

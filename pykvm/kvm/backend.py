@@ -192,21 +192,13 @@ def _describe_exit(name: str, write: bool, address: int, size: int, count: int, 
 class KvmMachine:
     """A VM on KVM. `fd` is the layer below, with an ioctl a method."""
 
-    def __init__(self, system: _kvm.System, *, irqchip: bool, cpus: int) -> None:
+    def __init__(self, system: _kvm.System, fd: _kvm.Vm, *, irqchip: bool, cpus: int) -> None:
         self._system = system
         self._cpus = cpus
         self._vcpus: list[KvmVcpu] = []
         self._sizes: dict[int, int] = {}
         self.irqchip = irqchip
-        self.fd = system.create_vm()
-        try:
-            self.fd.set_identity_map_addr(KVM_IDENTITY_MAP)
-            self.fd.set_tss_addr(KVM_TSS)
-            if irqchip:
-                self.fd.create_irqchip()
-        except BaseException:
-            self.fd.close()
-            raise
+        self.fd = fd
 
     def map(
         self, slot: int, address: int, region: Region, *, readonly: bool = False, log_dirty: bool = False
@@ -287,6 +279,7 @@ class KvmBackend:
 
     def __init__(self) -> None:
         self._system: _kvm.System | None = None
+        self._spare: list[_kvm.Vm] = []  # made by prepare, for the next machine with an irqchip
 
     def system(self) -> _kvm.System:
         """The open /dev/kvm. Raises BackendUnavailable with what to do."""
@@ -305,7 +298,31 @@ class KvmBackend:
 
     def machine(self, *, irqchip: bool = False, cpus: int = 1) -> KvmMachine:
         """A new, empty machine. Raises BackendUnavailable or KvmError."""
-        return KvmMachine(self.system(), irqchip=irqchip, cpus=cpus)
+        system = self.system()
+        fd = self._spare.pop() if irqchip and self._spare else _create_vm(system, irqchip)
+        return KvmMachine(system, fd, irqchip=irqchip, cpus=cpus)
+
+    def prepare(self) -> None:
+        """Begin to make the next machine that has interrupt controllers, if KVM can be used.
+
+        Linux sets them up in the background, and makes whoever maps memory before that is done wait
+        (for an SRCU grace period: 8 ms at HZ=250). Call it first and do something else meanwhile.
+        """
+        if self.why_unavailable() is None:
+            self._spare.append(_create_vm(self.system(), irqchip=True))
+
+
+def _create_vm(system: _kvm.System, irqchip: bool) -> _kvm.Vm:
+    vm = system.create_vm()
+    try:
+        vm.set_identity_map_addr(KVM_IDENTITY_MAP)
+        vm.set_tss_addr(KVM_TSS)
+        if irqchip:
+            vm.create_irqchip()
+    except BaseException:
+        vm.close()
+        raise
+    return vm
 
 
 def _open_system() -> tuple[str | None, _kvm.System | None]:

@@ -8,7 +8,7 @@ datasheet, "Programming the 8254"; 0x61: IBM PC AT Technical Reference, "System 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pykvm.values import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

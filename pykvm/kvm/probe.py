@@ -8,7 +8,6 @@ tiny guests; names of modules only label the result.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from pykvm.registers import (
     Segment,
     SystemRegisters,
 )
+from pykvm.values import Value, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ REPORTED_CAPABILITIES = (
 # --- What the host says of itself -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(Value):
     """What can be read without KVM: kernel, processor flags, loaded KVM modules, and the device node.
 
     `device_error` is the errno of opening the node, 0 if that works; `device_group` the name of its group
@@ -187,8 +186,7 @@ _HLT = b"\xf4"
 _RUN_LIMIT = 1.0  # seconds after which a probe is given up
 
 
-@dataclass(frozen=True, slots=True)
-class _Instruction:
+class _Instruction(Value):
     """An instruction to try in ring 0, needing a `feature` of /proc/cpuinfo and bits of `cr4`."""
 
     name: str
@@ -355,8 +353,7 @@ def ring0_native() -> bool:
 # --- The report -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class HostReport:
+class HostReport(Value):
     """This host as a place to run guests.
 
     `problems` are pairs of what stands in the way of KVM and what mends it. Where there is none, the rest

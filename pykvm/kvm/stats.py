@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+
+from pykvm.values import Value
 
 __all__ = ["StatsDescriptor", "StatsSnapshot", "read"]
 
@@ -37,8 +38,7 @@ _HEADER = struct.Struct("<6I")
 _DESCRIPTOR = struct.Struct("<IhHII")
 
 
-@dataclass(frozen=True, slots=True)
-class StatsDescriptor:
+class StatsDescriptor(Value):
     """One statistic of the binary statistics file (``struct kvm_stats_desc``, 4.133).
 
     Its values are `size` 64-bit numbers in units of ``base ** exponent`` `unit`, `base` 10 or 2.
@@ -84,8 +84,7 @@ _STATS_UNITS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StatsSnapshot:
+class StatsSnapshot(Value):
     """All statistics of a VM or vCPU at one moment; `values` is parallel to `descriptors`.
 
     `id` is the kernel's name for the owner, such as ``"kvm-4711/vcpu-0"``.

@@ -7,9 +7,8 @@ the local APIC page, PIC and I/O APIC chips, XSAVE areas, nested state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pykvm.registers import SystemRegisters
+from pykvm.values import Value
 
 # kvm_userspace_memory_region.flags
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
@@ -145,8 +144,7 @@ KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidEntry:
+class CpuidEntry(Value):
     """One CPUID leaf, or sub-leaf `index` where `flags` has KVM_CPUID_FLAG_SIGNIFCANT_INDEX (4.46)."""
 
     function: int
@@ -158,8 +156,7 @@ class CpuidEntry:
     edx: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PitChannelState:
+class PitChannelState(Value):
     """One counter of the i8254 (``struct kvm_pit_channel_state``, 4.72).
 
     `count` is up to 65536; `count_load_time` is host time in nanoseconds.
@@ -180,16 +177,14 @@ class PitChannelState:
     count_load_time: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PitState2:
+class PitState2(Value):
     """The i8254 with its speaker and HPET flags (``struct kvm_pit_state2``, 4.72)."""
 
     channels: tuple[PitChannelState, PitChannelState, PitChannelState] = (PitChannelState(),) * 3
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ClockData:
+class ClockData(Value):
     """kvmclock (``struct kvm_clock_data``, 4.29).
 
     `clock` and `realtime` are nanoseconds, `realtime` since the Unix epoch; `realtime` and
@@ -202,8 +197,7 @@ class ClockData:
     host_tsc: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class IrqchipRoute:
+class IrqchipRoute(Value):
     """GSI to `pin` of a chip (KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC)."""
 
     gsi: int
@@ -211,8 +205,7 @@ class IrqchipRoute:
     pin: int
 
 
-@dataclass(frozen=True, slots=True)
-class MsiRoute:
+class MsiRoute(Value):
     """GSI to a message-signalled interrupt: `data` is written to the 64-bit `address`."""
 
     gsi: int
@@ -226,8 +219,7 @@ IrqRoutingEntry = IrqchipRoute | MsiRoute
 """One entry of KVM_SET_GSI_ROUTING (4.52)."""
 
 
-@dataclass(frozen=True, slots=True)
-class DirtyGfn:
+class DirtyGfn(Value):
     """An entry of the dirty ring (``struct kvm_dirty_gfn``, 8.29).
 
     `slot` has the address space in its upper 16 bits; `offset` counts pages from the slot's start.
@@ -238,8 +230,7 @@ class DirtyGfn:
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CoalescedAccess:
+class CoalescedAccess(Value):
     """A write that KVM put in the coalesced ring (4.116); `address` is a port where `pio` is true."""
 
     address: int
@@ -247,8 +238,7 @@ class CoalescedAccess:
     pio: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
+class Translation(Value):
     """What KVM_TRANSLATE says of a linear address (``struct kvm_translation``, 4.15)."""
 
     linear_address: int
@@ -258,8 +248,7 @@ class Translation:
     usermode: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Sregs2:
+class Sregs2(Value):
     """System registers with the PAE page-directory pointers (``struct kvm_sregs2``, 4.131).
 
     There is no interrupt bitmap: `sregs.interrupt_bitmap` is zero when read, ignored when set.
