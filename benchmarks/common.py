@@ -93,7 +93,7 @@ class Floor:
         print(count, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise Impossible(f"{self._process.args} stopped with status {self._process.wait()}")
+            raise Impossible(f"{self._process.args!r} stopped with status {self._process.wait()}")
         return [int(number) for number in answer.split()]
 
     def __enter__(self) -> Floor:
@@ -218,11 +218,12 @@ class Report:
 
 def machine() -> dict[str, str]:
     """Where and when this was measured."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     kinds = [name for name in ("kvm_intel", "kvm_amd", "kvm_pvm") if Path("/sys/module", name).exists()]
     return {
         "date": date.today().isoformat(),
-        "cpu": f"{models[0].partition(':')[2].strip() if models else 'unknown'}, {os.cpu_count()} CPUs",
+        "cpu": f"{models[0] if models else 'unknown'}, {os.cpu_count()} CPUs",
         "kernel": platform.release(),
         "kvm": ", ".join(kinds) or "none",
         "python": platform.python_version(),
@@ -232,7 +233,7 @@ def machine() -> dict[str, str]:
 def main(description: str, measure: Callable[[bool], Report]) -> None:
     """The command line of a benchmark; `measure` is called with whether to be quick."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, proves nothing")
+    parser.add_argument("--quick", action="store_true", help="few rounds: that it works, not how fast")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))

@@ -1,5 +1,6 @@
 /*
- * exits: the floor of benchmarks/exits.py. Serves port and MMIO exits with the least that is possible.
+ * exits: the floor of benchmarks/exits.py. Serves port and MMIO exits with the least that is possible:
+ * a write sets a value, a read returns it.
  *
  * Started as `exits CODE BX MEMORY_SIZE`: the guest's code in hex, what BX holds, bytes of memory. For
  * each line of standard input, a number, it runs the guest with that number in ECX until HLT and prints
@@ -7,14 +8,13 @@
  */
 #include "floor.h"
 
-static uint64_t served, total;
+static uint64_t served, latch;
 
 static void serve(struct kvm_run *run)
 {
     void *data;
     uint32_t size;
     int is_write;
-    uint64_t value = 0;
 
     if (run->exit_reason == KVM_EXIT_IO) {
         data = (uint8_t *)run + run->io.data_offset;
@@ -29,10 +29,10 @@ static void serve(struct kvm_run *run)
     }
     served++;
     if (is_write) {
-        memcpy(&value, data, size);
-        total += value;
+        latch = 0;
+        memcpy(&latch, data, size);
     } else {
-        memcpy(data, &served, size);
+        memcpy(data, &latch, size);
     }
 }
 
