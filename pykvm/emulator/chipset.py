@@ -1,0 +1,116 @@
+"""Port space of an emulated machine, with the PC's interrupt controllers and timer if it has them.
+
+The counterpart of KVM's in-kernel irqchip and PIT: their ports never reach the machine's bus.
+"""
+
+from __future__ import annotations
+
+from pykvm.emulator.cpu import NANOSECONDS, Clock
+from pykvm.emulator.pic import ELCR1, ELCR2, MASTER_COMMAND, MASTER_DATA, SLAVE_COMMAND, SLAVE_DATA, Pic
+from pykvm.emulator.pit import Pit
+from pykvm.errors import ConfigurationError
+from pykvm.layout import IRQ_PIT, PIT, PORT_B
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.interfaces import IO
+
+PIC_PORTS = frozenset((MASTER_COMMAND, MASTER_DATA, SLAVE_COMMAND, SLAVE_DATA, ELCR1, ELCR2))
+PIT_PORTS = frozenset((PIT, PIT + 1, PIT + 2, PIT + 3, PORT_B))
+LINES = 16
+
+
+class Chipset:
+    """The interrupt controllers and the timer, in the virtual time of `clock`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.pic = Pic()
+        self.pit = Pit(lambda level: self.pic.set_irq(IRQ_PIT, level), clock.nanoseconds)
+
+    def advance(self) -> int | None:
+        """Deliver timer edges that are due. Returns when the next comes, in ticks of the clock."""
+        self.pit.advance()
+        event = self.pit.next_event()
+        return None if event is None else -(-event // NANOSECONDS)
+
+    def pending(self) -> bool:
+        """Whether the processor's INTR input is asserted."""
+        return self.pic.pending()
+
+    def acknowledge(self) -> int:
+        """The vector of the interrupt that the processor takes now."""
+        return self.pic.acknowledge()
+
+    def may_interrupt(self) -> bool:
+        """Whether any interrupt line is unmasked."""
+        return self.pic.save().master.imr != 0xFF
+
+
+class IrqLine:
+    """One input of the interrupt controllers. Any thread may drive it."""
+
+    def __init__(self, pic: Pic, line: int, changed: Callable[[], None]) -> None:
+        self._pic = pic
+        self._line = line
+        self._changed = changed
+
+    def set(self, level: bool) -> None:
+        """Drive the line to `level`."""
+        self._pic.set_irq(self._line, level)
+        if level:
+            self._changed()
+
+    def pulse(self) -> None:
+        """Raise and lower the line: one edge."""
+        self._pic.set_irq(self._line, True)
+        self._pic.set_irq(self._line, False)
+        self._changed()
+
+
+class Ports:
+    """Where IN and OUT go: the chipset's ports inside, all others to the machine's bus."""
+
+    def __init__(self) -> None:
+        self.io: IO | None = None
+        self.chipset: Chipset | None = None
+        self.changed: Callable[[], None] = _nothing
+
+    def read(self, port: int, size: int) -> int:
+        """IN: `size` bytes from `port`."""
+        chipset, mask = self.chipset, (1 << 8 * size) - 1
+        if chipset is not None:
+            if port in PIC_PORTS:
+                return chipset.pic.port_read(port, size) & mask
+            if port in PIT_PORTS:
+                return chipset.pit.port_read(port, size) & mask
+        return self._bus().port_read(port, size) & mask
+
+    def write(self, port: int, size: int, value: int) -> None:
+        """OUT: `size` bytes to `port`."""
+        chipset = self.chipset
+        if chipset is not None and port in PIC_PORTS:
+            chipset.pic.port_write(port, size, value)
+            self.changed()
+        elif chipset is not None and port in PIT_PORTS:
+            chipset.pit.port_write(port, size, value)
+            self.changed()
+        else:
+            self._bus().port_write(port, size, value)
+
+    def _bus(self) -> IO:
+        if self.io is None:
+            raise ConfigurationError("a port is accessed outside of a run")
+        return self.io
+
+
+def _nothing() -> None:
+    pass
+
+
+def check_line(gsi: int) -> None:
+    """Raise ConfigurationError unless `gsi` is an input of the interrupt controllers."""
+    if not 0 <= gsi < LINES:
+        raise ConfigurationError(f"GSI {gsi}: the emulator has interrupt lines 0 to {LINES - 1}")
