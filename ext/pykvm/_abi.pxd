@@ -428,6 +428,7 @@ cdef extern from *:
         KVM_EXIT_MMIO
         KVM_EXIT_HLT
         KVM_EXIT_INTR
+        KVM_EXIT_SET_TPR
         KVM_EXIT_SHUTDOWN
         KVM_EXIT_DEBUG
         KVM_EXIT_INTERNAL_ERROR

@@ -7,11 +7,14 @@ above it, in `pykvm.kvm.backend`. Reference: Linux Documentation/virt/kvm/api.rs
 
 Every call but `Vcpu.run` holds the GIL. That is what makes them safe against `close` in another
 thread: a descriptor is never closed between the test and the ioctl. Ioctls are short; the one that
-is not, KVM_RUN, is protected by `Vcpu.begin` and `Vcpu.finish`.
+is not, KVM_RUN, is protected by `Vcpu.begin` and `Vcpu.finish`. The same GIL orders a run against
+`kick` and guards the tables of slots and devices, so this module does not declare
+`freethreading_compatible`: a free-threaded Python that imports it switches its GIL on, as it must.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.errno cimport E2BIG, EAGAIN, EBADF, EFAULT, EINTR, EINVAL, ENOENT, ENOTTY, ENXIO, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -37,16 +40,8 @@ cdef extern from "<unistd.h>" nogil:
     long sysconf(int name)
     int _SC_PAGESIZE
 
-
-
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
     ctypedef unsigned long pthread_t
-    int pthread_mutex_init(pthread_mutex_t *, void *)
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
-    int pthread_mutex_destroy(pthread_mutex_t *)
     pthread_t pthread_self()
     int pthread_kill(pthread_t, int)
     int pthread_equal(pthread_t, pthread_t)
@@ -55,6 +50,7 @@ cdef enum:
     MEM_READONLY = 2
     CAP_SPLIT_IRQCHIP = 121
     CAP_DIRTY_LOG_RING_ACQ_REL = 223
+    PAYLOAD_ROOM = 4096  # bytes, more than any attribute of a device has
 
 
 cdef int fail(const char *request, int error, str detail="") except -1:
@@ -69,17 +65,15 @@ cdef inline int check(int rc, const char *request) except -1:
 
 
 cdef class Fd:
-    """Owner of one file descriptor of KVM."""
+    """Owner of one file descriptor of KVM. Collecting it as garbage closes it."""
 
     cdef int fd
 
     def __cinit__(self, *args):
         self.fd = -1
 
-    def __dealloc__(self):
-        if self.fd >= 0:
-            c_close(self.fd)
-            self.fd = -1
+    def __del__(self):
+        self.close()
 
     def fileno(self) -> int:
         """The descriptor, or -1 when closed."""
@@ -88,9 +82,10 @@ cdef class Fd:
     def close(self) -> None:
         """Close the descriptor. May be called twice, in any order, from any thread."""
         cdef int fd = self.fd
-        self.fd = -1
+        self.fd = -1  # first: from here on nobody else uses or closes it
         if fd >= 0:
-            c_close(fd)
+            with nogil:  # the end of a VM takes its time
+                c_close(fd)
 
     def __enter__(self):
         return self
@@ -106,28 +101,47 @@ cdef class Fd:
 cdef class DeviceFd(Fd):
     """A device inside KVM (KVM_CREATE_DEVICE), driven by attributes (KVM API 4.80)."""
 
+    def __init__(self) -> None:
+        raise TypeError("a DeviceFd is made by Vm.create_device()")
+
     def set_device_attr(self, uint32_t group, uint64_t attr, value: bytes) -> None:
         """Write an attribute; `value` is its payload in the layout that the device documents."""
-        device_attr(self.fd, KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR", group, attr, value)
+        set_device_attr(self.fd, group, attr, value)
 
     def get_device_attr(self, uint32_t group, uint64_t attr, Py_ssize_t size) -> bytes:
         """Read an attribute of `size` bytes."""
-        return device_attr(self.fd, KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR", group, attr, bytes(size))
+        return get_device_attr(self.fd, group, attr, size)
 
     def has_device_attr(self, uint32_t group, uint64_t attr) -> bool:
         """Whether the device has this attribute."""
         return has_device_attr(self.fd, group, attr)
 
 
-cdef bytes device_attr(int fd, unsigned long request, const char *name, uint32_t group, uint64_t attr, bytes value):
+# KVM reads and writes as many bytes as the attribute has, whatever the caller says: there is room for all.
+
+cdef int set_device_attr(int fd, uint32_t group, uint64_t attr, bytes value) except -1:
     cdef kvm_device_attr arg
-    cdef bytes payload = PyBytes_FromStringAndSize(PyBytes_AS_STRING(value), len(value))  # ours to be written
+    cdef Block payload = Block(max(len(value), PAYLOAD_ROOM))
+    memcpy(payload.data, PyBytes_AS_STRING(value), len(value))
     memset(&arg, 0, sizeof(arg))
     arg.group = group
     arg.attr = attr
-    arg.addr = <uintptr_t>PyBytes_AS_STRING(payload)  # SAFETY: payload lives until the ioctl is done
-    check(ioctl(fd, request, &arg), name)
-    return payload
+    arg.addr = <uintptr_t>payload.data  # SAFETY: payload lives until the ioctl is done
+    return check(ioctl(fd, KVM_SET_DEVICE_ATTR, &arg), "KVM_SET_DEVICE_ATTR")
+
+
+cdef bytes get_device_attr(int fd, uint32_t group, uint64_t attr, Py_ssize_t size):
+    cdef kvm_device_attr arg
+    cdef Block payload
+    if size < 0:
+        raise ConfigurationError(f"an attribute of {size} bytes")
+    payload = Block(max(size, PAYLOAD_ROOM))
+    memset(&arg, 0, sizeof(arg))
+    arg.group = group
+    arg.attr = attr
+    arg.addr = <uintptr_t>payload.data  # SAFETY: payload lives until the ioctl is done
+    check(ioctl(fd, KVM_GET_DEVICE_ATTR, &arg), "KVM_GET_DEVICE_ATTR")
+    return raw(payload.data, size)
 
 
 cdef bint has_device_attr(int fd, uint32_t group, uint64_t attr) except *:
@@ -144,6 +158,8 @@ cdef bint has_device_attr(int fd, uint32_t group, uint64_t attr) except *:
 
 cdef int enable_cap(int fd, uint32_t cap, uint32_t flags, tuple args) except -1:
     cdef kvm_enable_cap arg
+    if len(args) > 4:
+        raise ConfigurationError(f"a capability has at most 4 arguments, not {len(args)}")
     memset(&arg, 0, sizeof(arg))
     arg.cap = cap
     arg.flags = flags

@@ -1,12 +1,13 @@
 # The run loop: into the guest and back, with the GIL held only to call Python.
 #
 # Who may touch what while a vCPU runs: its own thread everything; other threads only `kick`, `close` and
-# the counters. `lock` orders `running` against kick, so that no kick is lost (see Vcpu.kick).
+# the counters. The GIL orders `running` against kick, so that no kick is lost (see Vcpu.kick).
 
 cdef extern from "<signal.h>" nogil:
-    int SIGRTMIN
+    int SIGRTMIN, SA_RESTART
     struct sigaction_t "sigaction":
         void (*sa_handler)(int) noexcept nogil
+        int sa_flags
     int sigaction(int, const sigaction_t *, sigaction_t *)
 
 cdef extern from * nogil:
@@ -19,6 +20,23 @@ cdef extern from * nogil:
     #ifndef sigev_notify_thread_id
     #define sigev_notify_thread_id _sigev_un._tid
     #endif
+
+    /* The kick signal's handler. That KVM_RUN returns EINTR is what the signal is for; the flag is for the case
+       that the thread was not in KVM_RUN but in a C device. */
+    static __thread volatile sig_atomic_t pykvm_signalled;
+    static void pykvm_handler(int signal_number) { (void)signal_number; pykvm_signalled = 1; }
+
+    /* A number for this thread that no other ever gets, unlike pthread_t. Call with the GIL. */
+    static unsigned long pykvm_this_thread(void)
+    {
+        static unsigned long last;
+        static __thread unsigned long number;
+        if (number == 0)
+            number = ++last;
+        return number;
+    }
+    /* Python runs signal handlers on this thread alone. */
+    static int pykvm_in_main_thread(void) { return getpid() == (pid_t)syscall(SYS_gettid); }
 
     /* A timer that signals one thread, since the handler's EINTR has to reach the thread in KVM_RUN. */
     static int pykvm_timer_create(timer_t *timer, int signal_number)
@@ -45,6 +63,10 @@ cdef extern from * nogil:
     #define pykvm_store_release(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
     """
     ctypedef void *timer_t
+    int pykvm_signalled
+    void pykvm_handler(int)
+    unsigned long pykvm_this_thread()
+    bint pykvm_in_main_thread()
     int pykvm_timer_create(timer_t *timer, int signal_number)
     int pykvm_timer_set(timer_t timer, long ns)
     int timer_delete(timer_t timer)
@@ -54,14 +76,10 @@ cdef extern from * nogil:
 
 cdef enum:
     FIRST_TICK_NS = 1_000_000
-    LAST_TICK_NS = 64_000_000
+    LAST_TICK_NS = 32_000_000
     FORGET_SYNC_AFTER = 64  # exits without a look at the registers, after which KVM stops storing them
 
 DR6_BS = 1 << 14
-
-
-cdef void ignore(int signal_number) noexcept nogil:
-    """The kick signal's handler: that KVM_RUN returns EINTR is all it is for."""
 
 
 cdef int kick_signal = SIGRTMIN + 8
@@ -70,7 +88,8 @@ cdef int kick_signal = SIGRTMIN + 8
 cdef int install_kick_handler() except -1:
     cdef sigaction_t action
     memset(&action, 0, sizeof(action))
-    action.sa_handler = ignore
+    action.sa_handler = pykvm_handler
+    action.sa_flags = SA_RESTART  # KVM_RUN returns EINTR all the same; what devices do is not disturbed
     return check(sigaction(kick_signal, &action, NULL), "sigaction")
 
 
@@ -78,21 +97,24 @@ install_kick_handler()
 
 
 cdef class Ticker:
-    """Interrupts a thread in KVM_RUN now and then, ever more rarely, so that a final halt is noticed.
+    """Interrupts a thread in KVM_RUN now and then, ever more rarely, for what would not end it by itself:
 
-    With the local APIC in KVM a HLT does not return to us, and one with interrupts off never would.
+    - With the local APIC in KVM a HLT does not return to us, and one with interrupts off never would.
+    - A signal for Python (Ctrl-C) that arrives just before KVM_RUN has been handled in C by then, and Python's
+      share of it would wait for the next exit.
     """
 
     cdef timer_t timer
-    cdef pthread_t thread
+    cdef unsigned long thread
     cdef long interval
 
     def __cinit__(self):
         check(pykvm_timer_create(&self.timer, kick_signal), "timer_create")
-        self.thread = pthread_self()
+        self.thread = pykvm_this_thread()
 
     def __dealloc__(self):
-        timer_delete(self.timer)
+        if self.thread != 0:
+            timer_delete(self.timer)
 
     cdef void start(self) noexcept:
         self.interval = FIRST_TICK_NS
@@ -128,13 +150,15 @@ cdef class Vcpu(VcpuState):
     while it runs, those calls raise ConfigurationError (KVM would block them until the guest exits).
     """
 
-    # Running: guarded by `lock`, which kick takes without the GIL
-    cdef pthread_mutex_t lock
+    cdef bint kicked  # kick() came, and no run has returned for it yet
     cdef bint closing  # close() came while running; the runner completes it
-    cdef Ticker ticker
-    cdef bint confirming
-    cdef volatile bint parked  # halted with interrupts off, or waiting for INIT: only others can wake it
-    # An access that a Python device has not finished: replayed by the next run
+    cdef Ticker ticker  # None: this run needs no ticks, or there is no run
+    cdef Ticker spare_ticker  # of the last run that needed one
+    # When it was found parked without a break: halted with interrupts off, or waiting for INIT, so that only
+    # other vCPUs can wake it. Nanoseconds; parked_since is 0 if it was not.
+    cdef uint64_t parked_since
+    cdef uint64_t parked_until
+    # The exit in the page is not dealt with yet, and the next run starts with it; of string I/O, from this element
     cdef bint pending
     cdef uint32_t pending_index
     # Counters
@@ -149,16 +173,6 @@ cdef class Vcpu(VcpuState):
     cdef size_t ring_bytes
     cdef uint32_t ring_next
 
-    def __init__(self) -> None:
-        raise TypeError("a Vcpu is made by Vm.create_vcpu()")
-
-    def __cinit__(self):
-        pthread_mutex_init(&self.lock, NULL)
-
-    def __dealloc__(self):
-        self.unmap_run_page()
-        pthread_mutex_destroy(&self.lock)
-
     cdef int map_run_page(self) except -1:
         cdef void *page = mmap(NULL, self.vm.mmap_size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
         if page == MAP_FAILED:
@@ -168,12 +182,9 @@ cdef class Vcpu(VcpuState):
         return 0
 
     cdef void unmap_run_page(self) noexcept:
-        cdef void *page = self.page
-        pthread_mutex_lock(&self.lock)
-        self.page = NULL
-        pthread_mutex_unlock(&self.lock)
-        if page != NULL:
-            munmap(page, self.page_size)
+        if self.page != NULL:
+            munmap(self.page, self.page_size)
+            self.page = NULL
         if self.ring != NULL:
             munmap(self.ring, self.ring_bytes)
             self.ring = NULL
@@ -189,13 +200,11 @@ cdef class Vcpu(VcpuState):
         self.release()
 
     cdef void release(self):
-        Fd.close(self)
         self.closing = False
-        self.ticker = None
+        self.spare_ticker = None
         self.unmap_run_page()
-        self.vm.open_vcpus -= 1
-        if self in self.vm.vcpus:
-            self.vm.vcpus.remove(self)
+        Fd.close(self)
+        self.vm.vcpus.pop(self.index, None)
         self.vm.unpin()
 
     def run(self, io):
@@ -216,51 +225,50 @@ cdef class Vcpu(VcpuState):
             fail("KVM_RUN", EBADF, "the vCPU is closed")
         if self.running:
             raise ConfigurationError(f"vCPU {self.index} is already running")
-        if self.vm.halts_in_kernel:
-            if self.ticker is None or not pthread_equal(self.ticker.thread, pthread_self()):
-                self.ticker = Ticker()
+        if self.page.kvm_dirty_regs and self.vm.halts_in_kernel and self.index != 0:
+            self.prepare()  # a vCPU that waits for INIT would overwrite the page and not look at it
+        if self.vm.halts_in_kernel or pykvm_in_main_thread():
+            if self.spare_ticker is None or self.spare_ticker.thread != pykvm_this_thread():
+                self.spare_ticker = Ticker()
+            self.ticker = self.spare_ticker
             self.ticker.start()
-        self.parked = False
-        self.confirming = False
-        pthread_mutex_lock(&self.lock)
+        self.parked_since = 0
         self.thread = pthread_self()
         self.running = True
-        pthread_mutex_unlock(&self.lock)
         return 0
 
-    cdef void finish(self):
-        pthread_mutex_lock(&self.lock)
+    cdef int finish(self) except -1:
         self.running = False
-        pthread_mutex_unlock(&self.lock)
         if self.ticker is not None:
             self.ticker.stop()
+            self.ticker = None
         if self.closing:
             self.release()
+        return 0
 
     cdef object loop(self, io):
+        """Enter the guest and answer its accesses, until there is something to return."""
         cdef ServedRanges served
-        cdef int rc
-        if self.pending:
-            self.dispatch(io)
+        cdef int rc = 0
         while True:
-            if self.closing:
-                return Interrupted(self.index, "close")
-            served = self.vm.served
-            with nogil:
-                rc = self.enter(served)
-            # gil: everything from here on is for Python's eyes
-            if self.vm.coalescing:
+            if not self.pending:  # else a device raised in the last run
+                served = self.vm.served
+                with nogil:
+                    rc = self.enter(served)
+                # gil: everything from here on is for Python's eyes
+                self.pending = rc == 0
+            if self.vm.coalesced_offset != 0:
                 self.deliver_coalesced(io)
-            if rc == 0 and (self.page.exit_reason == KVM_EXIT_IO or self.page.exit_reason == KVM_EXIT_MMIO):
-                self.dispatch(io)
-            elif rc == 0:
-                return self.exit_value()
+            result = None
+            if self.pending:
+                result = self.answer(io)
+                self.pending = False
             elif rc == -EINTR:
                 result = self.interrupted()
-                if result is not None:
-                    return result
             elif rc != -EAGAIN:  # EAGAIN: an AP got its INIT or SIPI and is ready to go on
-                return self.run_failed(-rc)
+                result = self.run_failed(-rc)
+            if result is not None:
+                return result
 
     cdef int enter(self, ServedRanges served) noexcept nogil:
         """KVM_RUN until an exit that Python has to see: 0, or -errno."""
@@ -275,7 +283,7 @@ cdef class Vcpu(VcpuState):
                 rc = -errno
             if self.timing:
                 self.guest_ns += pykvm_now_ns() - before
-            self.fresh = page.kvm_valid_regs
+            self.fresh = page.kvm_valid_regs if rc == 0 or rc == -EINTR or rc == -EAGAIN else 0
             self.unread += 1
             if self.unread > FORGET_SYNC_AFTER:
                 page.kvm_valid_regs = 0
@@ -294,6 +302,8 @@ cdef class Vcpu(VcpuState):
             else:
                 return 0
             self.served_count += 1
+            if pykvm_signalled:  # it arrived while the device was at work: have KVM_RUN complete and come back
+                page.immediate_exit = 1
 
     cdef void count(self) noexcept nogil:
         """Remember this exit, for statistics and explanations."""
@@ -356,13 +366,24 @@ cdef class Vcpu(VcpuState):
         memcpy(page.mmio.data, &value, 8)
         return True
 
+    cdef object answer(self, io):
+        """What this exit means: None if the guest can go on, or else the exit as a value."""
+        cdef uint32_t reason = self.page.exit_reason
+        if reason == KVM_EXIT_IO or reason == KVM_EXIT_MMIO:
+            self.dispatch(io)
+            return None
+        if reason == KVM_EXIT_INTR:
+            return self.interrupted()
+        if reason == KVM_EXIT_SET_TPR:  # the guest lowered CR8, which concerns a local APIC: here is none
+            return None
+        return self.exit_value()
+
     cdef int dispatch(self, io) except -1:
-        """Have Python do the access of this exit; if it raises, the access stays pending."""
+        """Have Python do the access of this exit. If it raises, pending_index says how far it got."""
         cdef kvm_run *page = self.page
         cdef uint32_t size
         cdef uint64_t value = 0
         cdef char *data
-        self.pending = True
         if page.exit_reason == KVM_EXIT_MMIO:
             if page.mmio.is_write:
                 memcpy(&value, page.mmio.data, page.mmio.len)
@@ -370,7 +391,6 @@ cdef class Vcpu(VcpuState):
             else:
                 value = io.mmio_read(page.mmio.phys_addr, page.mmio.len)
                 memcpy(page.mmio.data, &value, 8)
-            self.pending = False
             return 0
         size = page.io.size
         while self.pending_index < page.io.count:
@@ -382,34 +402,36 @@ cdef class Vcpu(VcpuState):
                 value = io.port_read(page.io.port, size)
                 memcpy(data, &value, size)
             self.pending_index += 1
-        self.pending = False
         return 0
 
     cdef int abandon(self) except -1:
         """Have KVM complete an access that Python gave up, before registers are set anew."""
-        if not self.pending or self.running or self.page == NULL:
+        cdef kvm_run *page = self.page
+        if not self.pending or self.running or page == NULL:
             return 0
         self.pending = False
-        if self.page.exit_reason == KVM_EXIT_IO and self.page.io.direction == KVM_EXIT_IO_IN:
-            memset(<char *>self.page + self.page.io.data_offset, 0xFF, self.page.io.size * self.page.io.count)
-        elif self.page.exit_reason == KVM_EXIT_MMIO and not self.page.mmio.is_write:
-            memset(self.page.mmio.data, 0xFF, 8)
-        kicked = self.page.immediate_exit
-        self.page.immediate_exit = 1  # completes the access and enters no guest (KVM API 5, "immediate_exit")
-        ioctl(self.fd, KVM_RUN, 0)
-        self.page.immediate_exit = kicked
+        page.immediate_exit = 1  # completes the access and enters no guest (KVM API 5, "immediate_exit")
+        while page.exit_reason == KVM_EXIT_IO or page.exit_reason == KVM_EXIT_MMIO:
+            if page.exit_reason == KVM_EXIT_IO and page.io.direction == KVM_EXIT_IO_IN:
+                memset(<char *>page + page.io.data_offset, 0xFF, page.io.size * page.io.count)
+            elif page.exit_reason == KVM_EXIT_MMIO and not page.mmio.is_write:
+                memset(page.mmio.data, 0xFF, 8)
+            if ioctl(self.fd, KVM_RUN, 0) < 0:  # 0: a second part, as of an access across pages
+                break
+        page.immediate_exit = self.kicked
         self.fresh = 0
         return 0
 
     cdef object interrupted(self):
         """After EINTR: a kick, a final halt, or a signal of Python's (None: go on)."""
-        cdef bint kicked
-        pthread_mutex_lock(&self.lock)
-        kicked = self.page.immediate_exit
+        global pykvm_signalled
+        pykvm_signalled = 0
+        PyErr_CheckSignals()  # what it raises leaves a kick for the next run
         self.page.immediate_exit = 0
-        pthread_mutex_unlock(&self.lock)
-        PyErr_CheckSignals()
-        if kicked:
+        if self.closing:
+            return Interrupted(self.index, "close")
+        if self.kicked:
+            self.kicked = False
             return Interrupted(self.index, "kick")
         if self.ticker is not None:
             self.ticker.slow_down()
@@ -418,61 +440,68 @@ cdef class Vcpu(VcpuState):
     cdef bint finally_halted(self) except *:
         """Whether nothing inside the machine can wake any of its vCPUs again.
 
-        Found in two rounds when there are several: this one finds itself parked, asks the others to look
-        at themselves, and at its next tick they must all have found the same.
+        A parked vCPU is woken by another that executes. So when the times at which each was found parked,
+        without a break, have a moment in common, then nobody executed at that moment or ever will.
         """
         cdef Vcpu other
-        cdef bint all_parked = True
-        if not self.vm.halts_in_kernel:
+        cdef uint64_t since, until
+        cdef bint newly
+        if not self.vm.halts_in_kernel or not self.look_whether_parked(&newly):
             return False
-        self.parked = self.is_parked()
-        if not self.parked:
-            self.confirming = False
+        since, until = self.parked_since, self.parked_until
+        for reference in list(self.vm.vcpus.values()):
+            other = reference()
+            if other is None or other is self:
+                continue
+            if not other.running:  # then it is up to us to look
+                if not other.is_parked():
+                    return False
+                continue
+            if newly:
+                other.interrupt_run()  # have it look at itself
+            since = max(since, other.parked_since if other.parked_since != 0 else ~<uint64_t>0)
+            until = min(until, other.parked_until)
+        return since <= until
+
+    cdef bint look_whether_parked(self, bint *newly) noexcept:
+        newly[0] = self.parked_since == 0
+        if not self.is_parked():
+            self.parked_since = 0
             return False
-        for other in self.vm.vcpus:
-            if other is not self and other.running:
-                all_parked = all_parked and other.parked and self.confirming
-                other.parked = False
-                other.interrupt_run()
-        self.confirming = True
-        return all_parked
+        self.parked_until = pykvm_now_ns()
+        if newly[0]:
+            self.parked_since = self.parked_until
+        return True
 
     cdef bint is_parked(self) noexcept:
         cdef kvm_mp_state mp
         if ioctl(self.fd, KVM_GET_MP_STATE, &mp) < 0:
             return False
+        self.fresh = 0  # that may have put an INIT into effect
         if mp.mp_state == KVM_MP_STATE_HALTED:
             return not self.page.if_flag
         return mp.mp_state == KVM_MP_STATE_UNINITIALIZED
 
     cdef void interrupt_run(self) noexcept:
-        """Make a KVM_RUN in progress return EINTR. It may be lost just before entry: only for polling."""
-        pthread_mutex_lock(&self.lock)
-        if self.running:
-            if self.closing:
-                self.page.immediate_exit = 1
-            pthread_kill(self.thread, kick_signal)
-        pthread_mutex_unlock(&self.lock)
-
-    def kick(self) -> None:
-        """Make the current or else the next run return Interrupted; from any thread, never lost.
+        """Make a run in progress, or else the next one, come out of KVM_RUN and look around.
 
         immediate_exit is set before the signal is sent: a thread that has not yet entered KVM_RUN finds
-        the flag, one that is inside gets the signal. The flag stays until a run has returned for it.
+        the flag, one that is inside gets the signal.
         """
-        self.kick_nogil()
+        self.page.immediate_exit = 1
+        if self.running:
+            pthread_kill(self.thread, kick_signal)
 
-    cdef void kick_nogil(self) noexcept nogil:
-        pthread_mutex_lock(&self.lock)
+    def kick(self) -> None:
+        """Make the current or else the next run return Interrupted; from any thread, never lost."""
         if self.page != NULL:
-            self.page.immediate_exit = 1
-            if self.running:
-                pthread_kill(self.thread, kick_signal)
-        pthread_mutex_unlock(&self.lock)
+            self.kicked = True
+            self.interrupt_run()
 
     def clear_kick(self) -> None:
         """Forget a kick that no run has returned for; only while no run is in progress."""
         if self.page != NULL and not self.running:
+            self.kicked = False
             self.page.immediate_exit = 0
 
     # What came out
@@ -490,8 +519,6 @@ cdef class Vcpu(VcpuState):
             return Debug(self.index, kind, page.debug.arch.pc, page.debug.arch.dr6, page.debug.arch.dr7)
         if reason == KVM_EXIT_INTERNAL_ERROR:
             return self.internal_error()
-        if reason == KVM_EXIT_INTR:
-            return Interrupted(self.index, "kick")
         return unhandled(self.index, page)
 
     cdef object internal_error(self):
@@ -508,7 +535,7 @@ cdef class Vcpu(VcpuState):
         """KVM_RUN itself said no."""
         if error == EFAULT and self.page.exit_reason == KVM_EXIT_MEMORY_FAULT:
             return unhandled(self.index, self.page)
-        if self.page.kvm_dirty_regs & KVM_SYNC_X86_SREGS:
+        if error == EINVAL and self.page.kvm_dirty_regs & KVM_SYNC_X86_SREGS:
             self.page.kvm_dirty_regs = 0
             fail("KVM_SET_SREGS", error, "KVM refused the system registers when it was about to run with them")
         if error == EFAULT:
@@ -516,11 +543,17 @@ cdef class Vcpu(VcpuState):
         fail("KVM_RUN", error)
 
     def complete_msr(self, uint64_t value=0, bint error=False) -> None:
-        """Answer a KVM_EXIT_X86_RDMSR or _WRMSR exit: with a value, or with #GP in the guest."""
+        """Answer a KVM_EXIT_X86_RDMSR or _WRMSR exit: with a value, or with #GP in the guest.
+
+        Raises ConfigurationError if the last run did not end with such an exit.
+        """
         self.prepare()
-        if self.page != NULL:
-            self.page.msr.data = value
-            self.page.msr.error = error
+        if self.page == NULL:
+            fail("KVM_RUN", EBADF, "the vCPU is closed")
+        if self.page.exit_reason != KVM_EXIT_X86_RDMSR and self.page.exit_reason != KVM_EXIT_X86_WRMSR:
+            raise ConfigurationError(f"vCPU {self.index} waits for no MSR: its last exit was another")
+        self.page.msr.data = value
+        self.page.msr.error = error
 
     def exit_counts(self) -> dict:
         """How many exits of each KVM_EXIT_* number there were."""
@@ -551,27 +584,44 @@ cdef class Vcpu(VcpuState):
 
     def drain_coalesced(self) -> list:
         """The writes that KVM has collected (see Vm.register_coalesced_mmio), oldest first."""
-        cdef kvm_coalesced_mmio_ring *ring
-        cdef kvm_coalesced_mmio *entry
-        cdef uint32_t room
-        cdef Py_ssize_t offset = ioctl(self.vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_COALESCED_MMIO)  # in pages
         self.prepare()
-        result = []
-        if self.page == NULL or offset <= 0:
-            fail("KVM_REGISTER_COALESCED_MMIO", EBADF if self.page == NULL else ENOTTY)
-        ring = <kvm_coalesced_mmio_ring *>(<char *>self.page + offset * <Py_ssize_t>sysconf(_SC_PAGESIZE))
-        room = (sysconf(_SC_PAGESIZE) - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
-        access = structs().CoalescedAccess
-        while ring.first != pykvm_load_acquire(&ring.last):
-            entry = &ring.coalesced_mmio[ring.first % room]
-            result.append(access(entry.phys_addr, raw(entry.data, min(entry.len, 8)), bool(entry.pio)))
-            pykvm_store_release(&ring.first, (ring.first + 1) % room)
+        if self.page == NULL:
+            fail("KVM_RUN", EBADF, "the vCPU is closed")
+        if self.vm.coalesced_offset == 0:
+            return []
+        self.take_coalesced()
+        result, self.vm.coalesced = self.vm.coalesced, []
         return result
 
+    cdef int take_coalesced(self) except -1:
+        """Move what is in the ring, which all vCPUs of the VM share, to the list of the VM."""
+        cdef kvm_coalesced_mmio_ring *ring
+        cdef kvm_coalesced_mmio entry
+        cdef uint32_t room = (sysconf(_SC_PAGESIZE) - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
+        ring = <kvm_coalesced_mmio_ring *>(<char *>self.page + self.vm.coalesced_offset)
+        access = structs().CoalescedAccess
+        while ring.first != pykvm_load_acquire(&ring.last):
+            entry = ring.coalesced_mmio[ring.first % room]
+            # Off the ring before anything else: Python code may let another vCPU's thread come here.
+            pykvm_store_release(&ring.first, (ring.first + 1) % room)
+            self.vm.coalesced.append(access(entry.phys_addr, raw(entry.data, min(entry.len, 8)), bool(entry.pio)))
+        return 0
+
     cdef int deliver_coalesced(self, io) except -1:
-        for access in self.drain_coalesced():
-            value = int.from_bytes(access.data, "little")
-            (io.port_write if access.pio else io.mmio_write)(access.address, len(access.data), value)
+        """Do the writes that KVM has collected, before whatever the guest did after them.
+
+        One that raises stays first in the list, for the next run.
+        """
+        with self.vm.delivering:
+            self.take_coalesced()
+            while self.vm.coalesced:
+                access = self.vm.coalesced.pop(0)
+                write = io.port_write if access.pio else io.mmio_write
+                try:
+                    write(access.address, len(access.data), int.from_bytes(access.data, "little"))
+                except BaseException:
+                    self.vm.coalesced.insert(0, access)
+                    raise
         return 0
 
     def collect_dirty(self) -> list:
@@ -581,9 +631,12 @@ cdef class Vcpu(VcpuState):
         Vm.reset_dirty_rings afterwards.
         """
         cdef kvm_dirty_gfn *gfn
+        cdef kvm_dirty_gfn found
         cdef uint32_t entries = self.vm.dirty_ring_bytes // sizeof(kvm_dirty_gfn)
         cdef void *ring
         result = []
+        if self.page == NULL:
+            fail("KVM_RUN", EBADF, "the vCPU is closed")
         if entries == 0:
             raise ConfigurationError("this VM has no dirty ring: enable KVM_CAP_DIRTY_LOG_RING before its first vCPU")
         if self.ring == NULL:
@@ -595,9 +648,10 @@ cdef class Vcpu(VcpuState):
             self.ring_bytes = self.vm.dirty_ring_bytes
         gfn = &self.ring[self.ring_next % entries]
         while pykvm_load_acquire(&gfn.flags) & KVM_DIRTY_GFN_F_DIRTY:
-            result.append(structs().DirtyGfn(gfn.slot, gfn.offset, gfn.flags))
+            found = gfn[0]
             pykvm_store_release(&gfn.flags, KVM_DIRTY_GFN_F_RESET)
             self.ring_next += 1
+            result.append(structs().DirtyGfn(found.slot, found.offset, found.flags))
             gfn = &self.ring[self.ring_next % entries]
         return result
 

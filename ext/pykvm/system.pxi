@@ -6,6 +6,7 @@ cdef class System(Fd):
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         encoded = path.encode()
+        self.close()  # should __init__ be called again
         self.fd = c_open(encoded, O_RDWR | O_CLOEXEC)
         if self.fd < 0:
             raise KvmError(f"open {path}", errno)
@@ -54,7 +55,7 @@ cdef class System(Fd):
 
     def get_device_attr(self, uint32_t group, uint64_t attr, Py_ssize_t size) -> bytes:
         """A system attribute, such as KVM_X86_XCOMP_GUEST_SUPP of group 0."""
-        return device_attr(self.fd, KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR", group, attr, bytes(size))
+        return get_device_attr(self.fd, group, attr, size)
 
     def has_device_attr(self, uint32_t group, uint64_t attr) -> bool:
         """Whether the system has this attribute."""
@@ -71,5 +72,5 @@ cdef class System(Fd):
             PyErr_CheckSignals()
         vm.fd = check(fd, "KVM_CREATE_VM")
         vm.mmap_size = check(ioctl(self.fd, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE")
-        vm.sync_regs = ioctl(self.fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS)
+        vm.sync_regs = check(ioctl(self.fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS), "KVM_CHECK_EXTENSION")
         return vm

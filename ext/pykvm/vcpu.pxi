@@ -3,6 +3,7 @@
 cdef class VcpuState(Fd):
     """What can be asked of and set in a vCPU between runs: its registers, interrupts, clocks."""
 
+    cdef object __weakref__
     cdef Vm vm
     cdef readonly unsigned int index
     cdef kvm_run *page  # shared with KVM; NULL when closed
@@ -11,6 +12,12 @@ cdef class VcpuState(Fd):
     cdef unsigned int unread  # exits since someone last looked at synchronised registers
     cdef bint running
     cdef pthread_t thread  # the one that runs it, while running
+
+    def __cinit__(self, Vm vm not None):
+        self.vm = vm
+
+    def __init__(self, vm) -> None:
+        raise TypeError("a vCPU is made by Vm.create_vcpu()")
 
     cdef int abandon(self) except -1:
         """Drop an access that a device gave up; see Vcpu."""
@@ -21,6 +28,7 @@ cdef class VcpuState(Fd):
         if self.running and not pthread_equal(self.thread, pthread_self()):
             raise ConfigurationError(
                 f"vCPU {self.index} is running on another thread: kick it and wait for its run to end first")
+        self.fresh = 0  # before anything can fail: what was set and refused is not the present state
         if self.page == NULL:
             return 0  # closed: the ioctl itself says EBADF
         if self.page.kvm_dirty_regs & KVM_SYNC_X86_SREGS:
@@ -29,7 +37,6 @@ cdef class VcpuState(Fd):
         if self.page.kvm_dirty_regs & KVM_SYNC_X86_REGS:
             self.page.kvm_dirty_regs &= ~<uint64_t>KVM_SYNC_X86_REGS
             check(ioctl(self.fd, KVM_SET_REGS, &self.page.s.regs.regs), "KVM_SET_REGS")
-        self.fresh = 0
         return 0
 
     cdef bint synchronised(self, uint64_t part) except *:
@@ -100,6 +107,7 @@ cdef class VcpuState(Fd):
         for i in range(4):
             s.pdptrs[i] = value.pdptrs[i]
         self.prepare()
+        self.abandon()
         check(ioctl(self.fd, KVM_SET_SREGS2, &s), "KVM_SET_SREGS2")
 
     def get_fpu(self):
@@ -125,19 +133,25 @@ cdef class VcpuState(Fd):
 
     def get_xsave2(self) -> bytes:
         """The XSAVE area in full: as many bytes as KVM_CAP_XSAVE2 says (AMX needs more than 4096)."""
-        cdef Block block = Block(self.xsave_size())
+        cdef Py_ssize_t size = self.xsave_size("KVM_GET_XSAVE2")
+        cdef Block block = Block(size)
         self.prepare()
         check(ioctl(self.fd, KVM_GET_XSAVE2, block.data), "KVM_GET_XSAVE2")
-        return raw(block.data, self.xsave_size())
+        return raw(block.data, size)
 
     def set_xsave(self, area: bytes) -> None:
         """Set the XSAVE area from get_xsave or get_xsave2."""
-        cdef Block block = Block(max(self.xsave_size(), len(area)))
+        cdef Block block = Block(max(self.xsave_size("KVM_SET_XSAVE"), len(area)))
         self.prepare()
         memcpy(block.data, PyBytes_AS_STRING(area), len(area))
         check(ioctl(self.fd, KVM_SET_XSAVE, block.data), "KVM_SET_XSAVE")
 
-    cdef Py_ssize_t xsave_size(self):
+    cdef Py_ssize_t xsave_size(self, const char *request) except -1:
+        """Bytes that KVM reads or writes; only the VM's descriptor can tell."""
+        if self.fd < 0:
+            fail(request, EBADF)
+        if self.vm.fd < 0:
+            fail(request, EBADF, "the VM is closed")
         return max(ioctl(self.vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2), <int>sizeof(kvm_xsave))
 
     def get_xcrs(self) -> dict:
@@ -185,7 +199,7 @@ cdef class VcpuState(Fd):
     def set_supported_cpuid(self, System system not None, uint32_t cpus=1) -> None:
         """Show the guest everything that KVM supports, with this vCPU's APIC ID and `cpus` processors.
 
-        The same as set_cpuid2(system.get_supported_cpuid()) with leaves 1, 4, 0xB and 0x1F completed,
+        The same as set_cpuid2(system.get_supported_cpuid()) with leaves 1, 0xB and 0x1F completed,
         without a Python object for each leaf.
         """
         cdef Block block = fetch_cpuid(system.fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
@@ -225,6 +239,8 @@ cdef class VcpuState(Fd):
     def set_guest_debug(self, uint32_t control, debugreg=()) -> None:
         """Single-step or break on the host's behalf (KVM_GUESTDBG_*); up to eight debug registers."""
         cdef kvm_guest_debug arg
+        if len(debugreg) > 8:
+            raise ConfigurationError(f"there are 8 debug registers, not {len(debugreg)}")
         memset(&arg, 0, sizeof(arg))
         arg.control = control
         for i, value in enumerate(debugreg):
@@ -363,6 +379,8 @@ cdef class VcpuState(Fd):
             check(ioctl(self.fd, KVM_SET_SIGNAL_MASK, NULL), "KVM_SET_SIGNAL_MASK")
             return
         for number in signals:
+            if not 1 <= number <= 64:
+                raise ConfigurationError(f"there is no signal {number}")
             mask |= 1 << (number - 1)
         arg.len = 8
         memcpy(arg.sigset, &mask, 8)
@@ -376,12 +394,12 @@ cdef class VcpuState(Fd):
     def get_device_attr(self, uint32_t group, uint64_t attr, Py_ssize_t size) -> bytes:
         """A vCPU attribute, such as KVM_VCPU_TSC_OFFSET of group KVM_VCPU_TSC_CTRL."""
         self.prepare()
-        return device_attr(self.fd, KVM_GET_DEVICE_ATTR, "KVM_GET_DEVICE_ATTR", group, attr, bytes(size))
+        return get_device_attr(self.fd, group, attr, size)
 
     def set_device_attr(self, uint32_t group, uint64_t attr, value: bytes) -> None:
         """Set a vCPU attribute."""
         self.prepare()
-        device_attr(self.fd, KVM_SET_DEVICE_ATTR, "KVM_SET_DEVICE_ATTR", group, attr, value)
+        set_device_attr(self.fd, group, attr, value)
 
     def has_device_attr(self, uint32_t group, uint64_t attr) -> bool:
         """Whether the vCPU has this attribute."""

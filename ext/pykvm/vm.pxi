@@ -62,13 +62,14 @@ cdef class Vm(Fd):
 
     cdef int mmap_size
     cdef int sync_regs
-    cdef int open_vcpus
     cdef bint halts_in_kernel  # HLT blocks inside KVM_RUN because the local APIC is there
-    cdef bint coalescing
+    cdef Py_ssize_t coalesced_offset  # of the ring in each vCPU's page; 0 while nothing is coalesced
+    cdef list coalesced  # taken from the ring, but not yet delivered
+    cdef object delivering  # a lock: whoever holds it delivers coalesced writes, in order
     cdef size_t dirty_ring_bytes
     cdef dict regions
     cdef ServedRanges served
-    cdef list vcpus
+    cdef dict vcpus  # the open ones by index, as weak references, since each holds its Vm
 
     def __init__(self) -> None:
         raise TypeError("a Vm is made by System.create_vm()")
@@ -76,7 +77,8 @@ cdef class Vm(Fd):
     def __cinit__(self):
         self.regions = {}
         self.served = ServedRanges()
-        self.vcpus = []
+        self.vcpus = {}
+        self.coalesced = []
 
     def close(self) -> None:
         """Close the descriptor; memory stays pinned while a vCPU of this VM is open."""
@@ -84,7 +86,7 @@ cdef class Vm(Fd):
         self.unpin()
 
     cdef void unpin(self):
-        if self.fd < 0 and self.open_vcpus == 0:
+        if self.fd < 0 and not self.vcpus:
             self.regions = {}
             self.served = ServedRanges()
 
@@ -368,10 +370,13 @@ cdef class Vm(Fd):
     def register_coalesced_mmio(self, uint64_t address, uint32_t size, bint pio=False) -> None:
         """Collect writes to this range in a ring instead of exiting for each (KVM API 4.116)."""
         self.coalesced_zone(KVM_REGISTER_COALESCED_MMIO, "KVM_REGISTER_COALESCED_MMIO", address, size, pio)
-        self.coalescing = True
+        if self.coalesced_offset == 0:
+            from _thread import allocate_lock
+            self.delivering = allocate_lock()
+            self.coalesced_offset = self.check_extension(KVM_CAP_COALESCED_MMIO) * <Py_ssize_t>sysconf(_SC_PAGESIZE)
 
     def unregister_coalesced_mmio(self, uint64_t address, uint32_t size, bint pio=False) -> None:
-        """Undo register_coalesced_mmio. What is still in the ring stays there."""
+        """Undo register_coalesced_mmio. What is still in the ring stays there until it is delivered."""
         self.coalesced_zone(KVM_UNREGISTER_COALESCED_MMIO, "KVM_UNREGISTER_COALESCED_MMIO", address, size, pio)
 
     cdef int coalesced_zone(self, unsigned long request, const char *name, uint64_t address, uint32_t size,
@@ -452,19 +457,33 @@ cdef class Vm(Fd):
 
     def create_vcpu(self, unsigned long index) -> Vcpu:
         """A new virtual processor; `index` is its APIC ID."""
-        cdef Vcpu vcpu = Vcpu.__new__(Vcpu)
+        cdef Vcpu vcpu = Vcpu.__new__(Vcpu, self)
         vcpu.fd = check(ioctl(self.fd, KVM_CREATE_VCPU, index), "KVM_CREATE_VCPU")
-        vcpu.vm = self
         vcpu.index = index
-        self.open_vcpus += 1
+        self.vcpus[vcpu.index] = PyWeakref_NewRef(vcpu, None)
         vcpu.map_run_page()
-        self.vcpus.append(vcpu)
         return vcpu
 
     def serve(self, space: str, uint64_t address, uint64_t size, CDevice device not None) -> None:
-        """Serve a C device's range ("port" or "mmio") inside the run loop."""
-        self.served = ServedRanges(self.served.entries + ((space, address, size, device),))
+        """Serve a C device's range (`space` is "port" or "mmio") inside the run loop.
+
+        Raises ConfigurationError for another space and for a range that is empty or wraps around.
+        """
+        if space not in ("port", "mmio"):
+            raise ConfigurationError(f"a device is at a port or in mmio, not in {space!r}")
+        if size == 0 or address + (size - 1) < address:
+            raise ConfigurationError(f"{size} addresses from {address:#x} on are no range")
+        self.set_served(self.served.entries + ((space, address, size, device),))
 
     def unserve(self, device) -> None:
-        """Stop serving this device; a vCPU in the guest notices at its next return to Python."""
-        self.served = ServedRanges(tuple([entry for entry in self.served.entries if entry[3] is not device]))
+        """Stop serving this device; a vCPU that is about to access it may do so once more."""
+        self.set_served(tuple([entry for entry in self.served.entries if entry[3] is not device]))
+
+    cdef int set_served(self, tuple entries) except -1:
+        cdef Vcpu vcpu
+        self.served = ServedRanges(entries)
+        for reference in list(self.vcpus.values()):
+            vcpu = reference()
+            if vcpu is not None and vcpu.running:
+                vcpu.interrupt_run()  # it looks at `served` whenever it comes back
+        return 0
