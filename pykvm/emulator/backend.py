@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykvm.emulator.accesses import Accesses
 from pykvm.emulator.chipset import Chipset, IrqLine, Ports, check_line
 from pykvm.emulator.cpu import Cpu
 from pykvm.emulator.physical import PhysicalMemory
@@ -23,11 +24,12 @@ class EmulatorMachine:
 
     def __init__(self, *, irqchip: bool) -> None:
         self._memory = PhysicalMemory()
-        self._ports = Ports()
-        cpu = Cpu(self._memory, self._ports)
+        accesses = Accesses()
+        self._ports = Ports(accesses)
+        cpu = Cpu(self._memory, self._ports, accesses)
         self._chipset = Chipset(cpu.clock) if irqchip else None
         self._ports.chipset = self._chipset
-        self._vcpu = EmulatorVcpu(cpu, self._chipset, self._ports)
+        self._vcpu = EmulatorVcpu(cpu, self._chipset, accesses)
         self._ports.changed = self._vcpu.attend
 
     def map(
@@ -70,9 +72,16 @@ class EmulatorMachine:
         check_line(gsi)
         return IrqLine(self._chipset.pic, gsi, self._vcpu.attend)
 
+    def devices(self) -> list[tuple[Device, int, int]]:
+        """None: the chipset's ports never come to the bus."""
+        return []
+
     def serve(self, space: str, address: int, size: int, device: Device) -> bool:
         """No device is served inside the emulator: all accesses come through `IO`."""
         return False
+
+    def unserve(self, device: Device) -> None:
+        """Nothing: no device is served."""
 
     def close(self) -> None:
         """Release the memory of all slots."""
@@ -89,6 +98,14 @@ class EmulatorBackend:
         """None: there is nothing that it needs."""
         return None
 
-    def machine(self, *, irqchip: bool = False) -> EmulatorMachine:
-        """A new, empty machine; with `irqchip`, with two 8259As and an 8254."""
+    def prepare(self) -> None:
+        """Nothing: a machine is made in no time."""
+
+    def machine(self, *, irqchip: bool = False, cpus: int = 1) -> EmulatorMachine:
+        """A new, empty machine; with `irqchip`, with two 8259As and an 8254.
+
+        Raises ConfigurationError for more than one processor.
+        """
+        if cpus != 1:
+            raise ConfigurationError(f"{cpus} vCPUs: the emulator has one; use cpus=1, or the kvm backend")
         return EmulatorMachine(irqchip=irqchip)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pykvm.emulator.cpu import Cpu
     from pykvm.emulator.translate import Op
 
+    Key = tuple[int, bool, int, int, bool, int]
+
 MAX_BLOCK = 64  # instructions
 MAX_BLOCKS = 50_000
 MAX_CONTEXTS = 256
@@ -76,19 +78,19 @@ class CodeCache:
     def __init__(self, cpu: Cpu) -> None:
         self._cpu = cpu
         self._memory = cpu.memory
-        self._contexts: dict[Environment, Context] = {}
+        self._contexts: dict[Key, Context] = {}
         self._pages: dict[int, list[Block]] = {}  # page number -> blocks with bytes in it
         self._copies: dict[int, bytes] = {}  # page -> its bytes when it was first decoded
         self._count = 0
         cpu.memory.code_written = self.drop_page
 
-    def context(self, environment: Environment) -> Context:
-        """The context of `environment`, made on first use."""
-        context = self._contexts.get(environment)
+    def context(self, key: Key) -> Context:
+        """The context of the environment with these fields, made on first use."""
+        context = self._contexts.get(key)
         if context is None:
             if len(self._contexts) >= MAX_CONTEXTS:
                 self.clear()
-            context = self._contexts[environment] = Context(self._cpu, environment)
+            context = self._contexts[key] = Context(self._cpu, Environment(*key))
         return context
 
     def forget_translations(self) -> None:

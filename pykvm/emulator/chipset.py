@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pykvm.interfaces import IO
+    from pykvm.emulator.accesses import Accesses
 
 PIC_PORTS = frozenset((MASTER_COMMAND, MASTER_DATA, SLAVE_COMMAND, SLAVE_DATA, ELCR1, ELCR2))
 PIT_PORTS = frozenset((PIT, PIT + 1, PIT + 2, PIT + 3, PORT_B))
@@ -73,20 +73,20 @@ class IrqLine:
 class Ports:
     """Where IN and OUT go: the chipset's ports inside, all others to the machine's bus."""
 
-    def __init__(self) -> None:
-        self.io: IO | None = None
+    def __init__(self, accesses: Accesses) -> None:
+        self._accesses = accesses
         self.chipset: Chipset | None = None
         self.changed: Callable[[], None] = _nothing
 
     def read(self, port: int, size: int) -> int:
         """IN: `size` bytes from `port`."""
-        chipset, mask = self.chipset, (1 << 8 * size) - 1
+        chipset = self.chipset
         if chipset is not None:
             if port in PIC_PORTS:
-                return chipset.pic.port_read(port, size) & mask
+                return chipset.pic.port_read(port, size)
             if port in PIT_PORTS:
-                return chipset.pit.port_read(port, size) & mask
-        return self._bus().port_read(port, size) & mask
+                return chipset.pit.port_read(port, size)
+        return self._accesses.port_read(port, size)
 
     def write(self, port: int, size: int, value: int) -> None:
         """OUT: `size` bytes to `port`."""
@@ -98,12 +98,7 @@ class Ports:
             chipset.pit.port_write(port, size, value)
             self.changed()
         else:
-            self._bus().port_write(port, size, value)
-
-    def _bus(self) -> IO:
-        if self.io is None:
-            raise ConfigurationError("a port is accessed outside of a run")
-        return self.io
+            self._accesses.port_write(port, size, value)
 
 
 def _nothing() -> None:

@@ -16,7 +16,7 @@ from pykvm.emulator.flags import ARITHMETIC, EAGER, arithmetic, tests
 from pykvm.emulator.msr import Msrs
 from pykvm.emulator.paging import Mmu
 from pykvm.emulator.segments import SegmentCache, check_access, is_flat, limits
-from pykvm.emulator.translate import M16, M32, M64, RIP, Environment
+from pykvm.emulator.translate import M16, M32, M64, RIP
 from pykvm.errors import UnsupportedInstruction
 from pykvm.registers import (
     CR0_CD,
@@ -57,6 +57,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pykvm.emulator.accesses import Accesses
     from pykvm.emulator.physical import PhysicalMemory
     from pykvm.emulator.ports import PortSpace
     from pykvm.emulator.translate import Op
@@ -117,10 +118,10 @@ class Clock:
 class Cpu:
     """Registers and modes of one processor."""
 
-    def __init__(self, memory: PhysicalMemory, ports: PortSpace) -> None:
+    def __init__(self, memory: PhysicalMemory, ports: PortSpace, accesses: Accesses) -> None:
         self.clock = Clock()
         self.memory = memory
-        self.mmu = Mmu(memory)
+        self.mmu = Mmu(memory, accesses)
         self.ports = ports
         self.r = [0] * 17
         self.f = [EAGER << 2, 0, 0]
@@ -139,7 +140,9 @@ class Cpu:
         self.msrs = Msrs()
         self.xmm = [0] * 16
         self.mxcsr = 0x1F80
-        self.fcw, self.fsw, self.ftw = 0x37F, 0, 0
+        self.fcw = 0x37F
+        self.fsw = 0
+        self.ftw = 0
         self.st = [bytes(16)] * 8
         self.cpl = 0
         self.is_protected = self.is_long = self.is_code64 = False
@@ -211,8 +214,7 @@ class Cpu:
                 for number in range(ES, 6):
                     if number != CS and is_flat(self, segments[number]):
                         flat |= 1 << number
-        key = Environment(bits, self.cpl == 3, stack_mask, flat, self.is_protected, base)
-        self.context = self.code.context(key)
+        self.context = self.code.context((bits, self.cpl == 3, stack_mask, flat, self.is_protected, base))
         self.blocks = self.context.blocks
 
     def check_segment(self, number: int, offset: int, size: int, write: bool) -> None:

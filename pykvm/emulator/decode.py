@@ -345,7 +345,7 @@ def _modrm_operand(i: Instruction, letter: str, size: int) -> Operand:
 
 
 def _immediate(i: Instruction, reader: _Reader, text: str, size: int) -> Operand:
-    """Ib Iw: as they are. Is: a byte, sign-extended. Iz: up to 4 bytes, sign-extended. Iv: full size. Ip: far."""
+    """Ib, Iw: as they are. Is, Iz: sign-extended to the operand size. Iv: full size. Ip: offset, selector."""
     if text == "Ip":
         offset = reader.unsigned(i.size)
         i.operands.append(Operand(IMM, offset, i.size))

@@ -48,6 +48,10 @@ class Execution:
         self._kicked = True
         self.attend()
 
+    def clear_kick(self) -> None:
+        """Forget a kick. Only between runs."""
+        self._kicked = False
+
     def attend(self) -> None:
         """Look at kicks and interrupt lines soon. Any thread may call this."""
         self.cpu.clock.limit = 0

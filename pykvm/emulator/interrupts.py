@@ -192,7 +192,7 @@ def _enter_long(
 def _enter_protected(
     cpu: Cpu, cache: SegmentCache, size: int, inner: bool, flags: int
 ) -> tuple[Stack, SegmentCache | None]:
-    saved = (flags, cpu.segments[CS].selector, cpu.r[RIP])
+    saved: tuple[int, ...] = (flags, cpu.segments[CS].selector, cpu.r[RIP])
     if not inner:
         stack, new_ss = Stack.current(cpu), None
     else:

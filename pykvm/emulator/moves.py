@@ -354,7 +354,7 @@ def _put_stack_pointer(t: Translator) -> Callable[[int], None]:
 
 def bound(t: Translator, i: Instruction) -> Op:
     """BOUND: #BR unless the two words in memory enclose the signed index."""
-    index, memory = i.operands
+    index = i.operands[0]
     size, sign = index.size, SIGN[index.size]
     get = t.get(i, index)
     address = t.address(i, 2 * size, write=False)

@@ -57,13 +57,13 @@ class Row:
 Entry = Row | dict[str | int, "Entry"]
 
 
-def _unsupported(name: str, operands: str = "", *, modrm: bool = False) -> Row:
+def _unsupported(name: str, operands: str = "", *, modrm: bool = False, protected: bool = False) -> Row:
     """A valid instruction that is not implemented: an error of ours, not the guest's."""
 
     def build(t: Translator, i: Instruction) -> Op:
         raise UnsupportedInstruction(t.cpu.linear_ip(), i.code, name)
 
-    return Row(name, operands, build, modrm=modrm)
+    return Row(name, operands, build, PROTECTED if protected else 0, modrm=modrm)
 
 
 def _group(rows: list[Entry | None]) -> Entry:
@@ -81,6 +81,7 @@ def _moded(legacy: Entry, long: Entry) -> Entry:
 
 
 _NOTHING = Row("", "", moves.nop)
+_VEX = _unsupported("AVX instruction", protected=True)
 NOP = Row("nop", "", moves.nop, KEEP)
 NOP_MODRM = Row("nop", "Ev", moves.nop, KEEP)
 
@@ -165,7 +166,7 @@ def _one_byte() -> dict[int, Entry]:
         0x3F: Row("aas", "", alu.aas, NOT64),
         0x60: Row("pusha", "", moves.pusha, NOT64 | KEEP),
         0x61: Row("popa", "", moves.popa, NOT64 | KEEP),
-        0x62: _moded(Row("bound", "Gv Mv", moves.bound, KEEP), _unsupported("evex")),
+        0x62: _moded(Row("bound", "Gv Mv", moves.bound, KEEP), _VEX),
         0x63: _moded(Row("arpl", "Ew Gw", system.arpl, PROTECTED), Row("movsxd", "Gv Ez", moves.movsx, KEEP)),
         0x68: Row("push", "Iz", moves.push, DEFAULT64 | KEEP),
         0x69: Row("imul", "Gv Ev Iz", alu.imul),
@@ -220,8 +221,8 @@ def _one_byte_high() -> dict[int, Entry]:
     return {
         0xC2: Row("ret", "Iw", flow.ret, FORCE64 | END),
         0xC3: Row("ret", "", flow.ret, FORCE64 | END),
-        0xC4: _moded(_les(ES, "les"), _unsupported("vex")),
-        0xC5: _moded(_les(DS, "lds"), _unsupported("vex")),
+        0xC4: _moded(_les(ES, "les"), _VEX),
+        0xC5: _moded(_les(DS, "lds"), _VEX),
         0xC6: _group([Row("mov", "Eb Ib", moves.mov, KEEP)]),
         0xC7: _group([Row("mov", "Ev Iz", moves.mov, KEEP)]),
         0xC8: Row("enter", "Iw Ib", moves.enter, DEFAULT64 | KEEP),
@@ -292,7 +293,7 @@ def _group3(operand: str) -> list[Entry | None]:
 
 def _les(number: int, name: str) -> Entry:
     """LES and LDS; with a register operand the byte is a VEX prefix instead."""
-    return {"memory": Row(name, "Gv Mv", flow.load_far_pointer(number), END), "register": _unsupported("vex")}
+    return {"memory": Row(name, "Gv Mv", flow.load_far_pointer(number), END), "register": _VEX}
 
 
 def _x87() -> dict[int, Entry]:
@@ -467,7 +468,7 @@ def _group9() -> Entry:
 
 def _group15() -> Entry:
     """0F AE: FXSAVE and the like, fences, FS and GS bases."""
-    memory = {
+    memory: Entry = {
         0: Row("fxsave", "Mv", sse.fxsave, KEEP),
         1: Row("fxrstor", "Mv", sse.fxrstor, KEEP),
         2: Row("ldmxcsr", "Md", sse.ldmxcsr, KEEP),
@@ -479,7 +480,7 @@ def _group15() -> Entry:
         register[field] = _prefixed(pf3=Row("fsgsbase", "Ey", system.segment_base, END | ONLY64))
     for field, name in ((5, "lfence"), (6, "mfence"), (7, "sfence")):
         register[field] = _prefixed(np=Row(name, "", moves.nop, KEEP))
-    return {"memory": {**memory}, "register": register}
+    return {"memory": memory, "register": register}
 
 
 def _simd() -> dict[int, Entry]:

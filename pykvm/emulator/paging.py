@@ -46,8 +46,9 @@ from pykvm.registers import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Literal
 
-    from pykvm.interfaces import IO
+    from pykvm.emulator.accesses import Accesses
 
     Load = Callable[[int], int]
     Store = Callable[[int, int], None]
@@ -61,7 +62,7 @@ RESERVED_HIGH = ADDRESS & ~((1 << PHYSICAL_BITS) - 1)
 LINEAR32 = 0xFFFF_FFFF
 LINEAR64 = 0xFFFF_FFFF_FFFF_FFFF
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
-FORMAT = {1: "B", 2: "H", 4: "I", 8: "Q"}
+FORMAT: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 # Kinds of access
 READ, WRITE, FETCH = range(3)
@@ -70,9 +71,9 @@ READ, WRITE, FETCH = range(3)
 class Mmu:
     """The paging unit of one processor. `user` and `supervisor` hold its loads and stores."""
 
-    def __init__(self, memory: PhysicalMemory) -> None:
+    def __init__(self, memory: PhysicalMemory, accesses: Accesses) -> None:
         self.memory = memory
-        self.io: IO | None = None
+        self.accesses = accesses
         self.after_io: Callable[[], None] = _nothing
         self.flushed: Callable[[], None] = _nothing
         self.cr3 = 0
@@ -295,18 +296,12 @@ class Access:
                 self.writable[size][linear >> PAGE_SHIFT] = page.cast(FORMAT[size])
 
     def _device_read(self, physical: int, size: int) -> int:
-        io = self.mmu.io
-        if io is None:
-            raise RuntimeError("guest memory is accessed outside of a run")
-        value = io.mmio_read(physical, size) & ((1 << 8 * size) - 1)
+        value = self.mmu.accesses.mmio_read(physical, size)
         self.mmu.after_io()
         return value
 
     def _device_write(self, physical: int, size: int, value: int) -> None:
-        io = self.mmu.io
-        if io is None:
-            raise RuntimeError("guest memory is accessed outside of a run")
-        io.mmio_write(physical, size, value)
+        self.mmu.accesses.mmio_write(physical, size, value)
         self.mmu.after_io()
 
     def load_bytes(self, linear: int, count: int) -> bytes:

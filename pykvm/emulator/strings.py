@@ -145,6 +145,7 @@ def _repeated_compare(t: Translator, i: Instruction, element: Op, size: int) -> 
             put_count(count)
             if (f[1] == f[2]) != while_equal:
                 count = 0
+                break
         r[RIP] = start if count else following
 
     return op

@@ -9,8 +9,6 @@ Registers live in one list: 0..15 are RAX..R15 by encoding, then RIP. They hold 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pykvm.emulator.decode import (
     DS,
     END,
@@ -26,6 +24,7 @@ from pykvm.emulator.decode import (
 )
 from pykvm.emulator.faults import UD, Fault
 from pykvm.emulator.flags import MASK
+from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ HIGH56 = M64 ^ 0xFF
 NOT_AH = M64 ^ 0xFF00
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(Value):
     """What translated code depends on besides its bytes."""
 
     bits: int  # 16, 32 or 64: the code segment's size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 from pykvm.emulator import msr
 from pykvm.emulator.decode import CS, DS, ES, FS, GS, SS
 from pykvm.emulator.execution import Execution
@@ -13,12 +15,14 @@ from pykvm.state import DebugRegisters, FpuState, VcpuEvents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from pykvm.emulator.chipset import Chipset, Ports
+    from pykvm.emulator.accesses import Accesses
+    from pykvm.emulator.chipset import Chipset
     from pykvm.emulator.cpu import Cpu
     from pykvm.exits import Exit
     from pykvm.interfaces import IO
+    from pykvm.statistics import Statistics
 
 # struct kvm_regs in the order of the registers' encoding
 GENERAL = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)), "rip")
@@ -32,11 +36,12 @@ class EmulatorVcpu:
 
     index = 0
 
-    def __init__(self, cpu: Cpu, chipset: Chipset | None, ports: Ports) -> None:
+    def __init__(self, cpu: Cpu, chipset: Chipset | None, accesses: Accesses) -> None:
         self._cpu = cpu
-        self._ports = ports
+        self._accesses = accesses
         self._execution = Execution(cpu, chipset, self.index)
         self._closed = False
+        self._seconds = 0.0  # spent in run and step
         self.set_system_registers(SystemRegisters())
         self.set_registers(RESET_REGISTERS)
 
@@ -193,27 +198,56 @@ class EmulatorVcpu:
 
     def run(self, io: IO) -> Exit:
         """Execute until something ends it."""
-        self._enter(io)
-        return self._execution.run()
+        return self._timed(io, self._execution.run)
 
     def step(self, io: IO) -> Exit:
         """Execute one instruction and return `Debug(kind="step")`, or another exit."""
-        self._enter(io)
-        return self._execution.step()
+        return self._timed(io, self._execution.step)
 
-    def _enter(self, io: IO) -> None:
+    def _timed(self, io: IO, execute: Callable[[], Exit]) -> Exit:
         if self._closed:
             raise PykvmError("the machine of this vCPU is closed")
-        self._ports.io = io
-        self._cpu.mmu.io = io
+        self._accesses.io = io
+        start = perf_counter()
+        try:
+            return execute()
+        finally:
+            self._seconds += perf_counter() - start
 
     def kick(self) -> None:
         """Make the current or else the next `run` return `Interrupted`. Any thread may call this."""
         self._execution.kick()
 
+    def clear_kick(self) -> None:
+        """Forget a kick that no run has returned for. Only between runs."""
+        self._execution.clear_kick()
+
     def attend(self) -> None:
         """Make a run look at the interrupt lines soon. Any thread may call this."""
         self._execution.attend()
+
+    def measure_time(self) -> None:
+        """Measure the time spent in the guest and in devices, from now on."""
+        self._seconds = self._accesses.seconds = 0.0
+        self._accesses.timed = True
+
+    def statistics(self) -> Statistics:
+        """Device accesses by KVM's names for such exits, instructions, and times if measured."""
+        from pykvm.statistics import Statistics
+
+        accesses = self._accesses
+        counts = {"KVM_EXIT_IO": accesses.port_accesses, "KVM_EXIT_MMIO": accesses.mmio_accesses}
+        guest_seconds = max(0.0, self._seconds - accesses.seconds)
+        return Statistics(
+            exits={name: count for name, count in counts.items() if count},
+            instructions=self.instructions,
+            guest_seconds=guest_seconds if accesses.timed else 0.0,
+            host_seconds=accesses.seconds,
+        )
+
+    def recent_exits(self) -> list[str]:
+        """The last device accesses in words, oldest first."""
+        return self._accesses.recent()
 
     def close(self) -> None:
         """Drop translated code and translations, which keep guest memory alive."""
