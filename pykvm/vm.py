@@ -108,7 +108,7 @@ class VM:
         self.machine = self.backend.machine(irqchip=irqchip, cpus=cpus)
         self.memory = Memory(on_add=self._map, on_remove=self._unmap)
         try:
-            if memory:
+            if memory != 0:
                 self.add_ram(memory)
             self.vcpus = tuple(self.machine.vcpu(index) for index in range(cpus))
             for device, port, ports in self.machine.devices():

@@ -245,7 +245,10 @@ SEQUENCES = st.lists(st.lists(st.sampled_from(sorted(ACTIONS)), max_size=6), min
 
 @pytest.mark.parametrize("name", backends.NAMES)
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(sequences=SEQUENCES)
 def test_any_interleaving_of_controls_ends_and_leaves_a_usable_machine(
