@@ -11,7 +11,9 @@ from tests.conformance.harness import ended_as, run_guest
 
 GUESTS = all_guests()
 CASES = [
-    pytest.param(guest, backend, id=f"{guest.name}-{backend}") for guest in GUESTS for backend in backends.NAMES
+    pytest.param(guest, backend, id=f"{guest.name}-{backend}")
+    for guest in GUESTS
+    for backend in backends.NAMES
 ]
 
 
@@ -33,7 +35,15 @@ def test_guest_keeps_its_contract(guest: GuestContract, backend: str) -> None:
     assert ended_as(guest.exit, outcome), outcome
 
 
-DETERMINISTIC = [guest for guest in GUESTS if isinstance(guest.prints, bytes) and len(guest.backends) > 1]
+# What a triple fault leaves in the registers is not architectural (AMD-V resets them), and a guest that is
+# stopped while it runs stands anywhere.
+DETERMINISTIC = [
+    guest
+    for guest in GUESTS
+    if isinstance(guest.prints, bytes)
+    and len(guest.backends) > 1
+    and guest.exit.kind in ("debug-exit", "halt")
+]
 
 
 @pytest.mark.parametrize("guest", DETERMINISTIC, ids=lambda guest: guest.name)
