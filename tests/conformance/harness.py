@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pykvm import Pc, Registers
 from pykvm.exits import Exit, Halt, Interrupted, Shutdown, Stopped
 from pykvm.vm import VM
-
 from tests.conformance.guest_contracts import GuestContract, GuestExit
 
 COUNTER_ADDRESS = 0xD000_0000

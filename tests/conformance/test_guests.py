@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from pykvm import backends
-
 from tests.conformance.guest_contracts import GuestContract, all_guests
 from tests.conformance.harness import ended_as, run_guest
 
