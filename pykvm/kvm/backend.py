@@ -6,8 +6,6 @@ stepping and breakpoints use KVM_SET_GUEST_DEBUG.
 
 from __future__ import annotations
 
-import os
-
 from pykvm.errors import BackendUnavailable, ConfigurationError, KvmError
 from pykvm.exits import Debug
 from pykvm.layout import KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, PIT, PORT_B
@@ -346,11 +344,7 @@ def _open_system() -> tuple[str | None, _kvm.System | None]:
 
 
 def _why_not_open(error: KvmError) -> str:
-    if not os.path.exists(DEVICE):
-        return (
-            f"there is no {DEVICE}; load the module (sudo modprobe kvm_intel or kvm_amd), switch on "
-            "virtualisation in the firmware, or pass the device into the container (--device /dev/kvm)"
-        )
-    if not os.access(DEVICE, os.R_OK | os.W_OK):
-        return f"no permission to open {DEVICE}; run: sudo usermod -aG kvm $USER, then log in again"
-    return f"{error}; see dmesg for the reason that the kernel gives"
+    from pykvm.kvm.probe import Host, obstacle
+
+    problem, remedy = obstacle(Host.read())
+    return f"{problem}; {remedy}" if problem else str(error)
