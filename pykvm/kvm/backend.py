@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pykvm import _kvm
+    from pykvm.device import CDevice
     from pykvm.exits import Exit
     from pykvm.interfaces import IO, Device, Region
     from pykvm.registers import Registers, SystemRegisters
@@ -161,8 +162,8 @@ class KvmVcpu:
         from pykvm.kvm.abi import EXIT_REASONS
 
         return [
-            _describe_exit(EXIT_REASONS.get(reason, f"exit {reason}"), *rest)
-            for reason, *rest in self.fd.recent_exits()
+            _describe_exit(EXIT_REASONS.get(reason, f"exit {reason}"), write, address, size, count, value)
+            for reason, write, address, size, count, value in self.fd.recent_exits()
         ]
 
     def _at_breakpoint(self) -> bool:
@@ -264,7 +265,7 @@ class KvmMachine:
         self.fd.close()
 
 
-def _c_device() -> type:
+def _c_device() -> type[CDevice]:
     from pykvm.device import CDevice
 
     return CDevice
