@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def mov(t: Translator, i: Instruction) -> Op:
-    """MOV between general registers, memory and immediates."""
+    """MOV and MOVZX between general registers, memory and immediates: the source may be smaller."""
     dst, src = i.operands
     r = t.r
     d, s = dst.number, src.number
@@ -28,18 +28,19 @@ def mov(t: Translator, i: Instruction) -> Op:
 
             return mov_immediate
         if src.kind == MEM:
-            load, address = t.load[dst.size], t.address(i, dst.size, write=False)
+            load, address = t.load[src.size], t.address(i, src.size, write=False)
 
             def mov_load() -> None:
                 r[d] = load(address())
 
             return mov_load
-        mask = MASK[dst.size]
+        if src.size >= 4:
+            mask = MASK[dst.size]
 
-        def mov_register() -> None:
-            r[d] = r[s] & mask
+            def mov_register() -> None:
+                r[d] = r[s] & mask
 
-        return mov_register
+            return mov_register
     if dst.kind == MEM and src.kind == REG and dst.size >= 4:
         store, where = t.store[dst.size], t.address(i, dst.size, write=True)
         mask = MASK[dst.size]

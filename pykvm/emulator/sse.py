@@ -358,11 +358,19 @@ def _fnclex(cpu: Cpu, get: Get, put: Put) -> None:
     cpu.fsw &= 0x7F00
 
 
+def _fnstcw(cpu: Cpu, get: Get, put: Put) -> None:
+    put(cpu.fcw)
+
+
+def _fnstsw(cpu: Cpu, get: Get, put: Put) -> None:
+    put(cpu.fsw)
+
+
 fninit = _x87(_fninit)
 fldcw = _x87(_fldcw)
 fnclex = _x87(_fnclex)
-fnstcw = _x87(lambda cpu, get, put: put(cpu.fcw))
-fnstsw = _x87(lambda cpu, get, put: put(cpu.fsw))
+fnstcw = _x87(_fnstcw)
+fnstsw = _x87(_fnstsw)
 
 
 def fwait(t: Translator, i: Instruction) -> Op:
