@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True
+# cython: language_level=3, embedsignature=True, auto_pickle=False, autotestdict=False
 """The KVM API, one class per kind of file descriptor: System, Vm, Vcpu, DeviceFd.
 
 This layer is thin: a method per ioctl, under the ioctl's kernel name, that checks its result.
@@ -11,6 +11,7 @@ is not, KVM_RUN, is protected by `Vcpu.begin` and `Vcpu.finish`. The same GIL or
 `kick` and guards the tables of slots and devices, so this module does not declare
 `freethreading_compatible`: a free-threaded Python that imports it switches its GIL on, as it must.
 """
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -168,6 +169,7 @@ cdef int enable_cap(int fd, uint32_t cap, uint32_t flags, tuple args) except -1:
     return check(ioctl(fd, KVM_ENABLE_CAP, &arg), "KVM_ENABLE_CAP")
 
 
+@cython.internal
 cdef class Block:
     """A zeroed C structure with a variable-length tail, freed with its owner."""
 

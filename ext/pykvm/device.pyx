@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, embedsignature=True, auto_pickle=False, autotestdict=False
 """The C-level device interface: devices that KVM's run loop serves without the GIL.
 
 A subclass in Cython overrides `c_read` and `c_write` (see ``pykvm/device.pxd``). It is an

@@ -77,9 +77,8 @@ cdef extern from * nogil:
 cdef enum:
     FIRST_TICK_NS = 1_000_000
     LAST_TICK_NS = 32_000_000
+    DR6_BS = 1 << 14  # a single step was done (SDM volume 3, 17.2.3)
     FORGET_SYNC_AFTER = 64  # exits without a look at the registers, after which KVM stops storing them
-
-DR6_BS = 1 << 14
 
 
 cdef int kick_signal = SIGRTMIN + 8
@@ -96,6 +95,7 @@ cdef int install_kick_handler() except -1:
 install_kick_handler()
 
 
+@cython.internal
 cdef class Ticker:
     """Interrupts a thread in KVM_RUN now and then, ever more rarely, for what would not end it by itself:
 

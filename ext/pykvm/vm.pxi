@@ -1,6 +1,7 @@
 # One virtual machine: memory map, interrupt controllers, clocks, devices inside KVM.
 
 
+@cython.internal
 cdef class Pinned:
     """A writable host buffer that cannot be moved, resized or unmapped while this object lives."""
 
@@ -22,6 +23,7 @@ cdef struct Range:
     void *device
 
 
+@cython.internal
 cdef class ServedRanges:
     """The ranges served by C devices: immutable, so that a running vCPU reads it with no lock."""
 
