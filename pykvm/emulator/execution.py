@@ -127,12 +127,9 @@ class Execution:
         cpu, r, clock, find = self.cpu, self.cpu.r, self.cpu.clock, self.cpu.code.find
         while True:
             block = cpu.blocks.get(r[RIP])
-            if block is None:
+            if block is None or clock.count + block.count > clock.limit:
                 clock.block = None
-                block = find(r[RIP])
-            if clock.count + block.count > clock.limit:
-                clock.block = None
-                ended = self._attend()
+                ended = self._attend() if clock.count >= clock.limit else None
                 if ended is not None:
                     return ended
                 block = cpu.blocks.get(r[RIP]) or find(r[RIP])
