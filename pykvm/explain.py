@@ -290,7 +290,7 @@ def _code_bits(system: SystemRegisters) -> int:
 
 def _register_dump(registers: Registers, system: SystemRegisters) -> Iterator[str]:
     yield _mode(system)
-    names = [name for name in Registers.__slots__ if name not in ("rip", "rflags")]
+    names = [name for name in Registers.__match_args__ if name not in ("rip", "rflags")]
     for row in range(0, len(names), 4):
         yield "  ".join(f"{name:3} {getattr(registers, name):016x}" for name in names[row : row + 4])
     iopl = (registers.rflags & RFLAGS_IOPL) >> 12

@@ -38,7 +38,7 @@ class _Fields:
 
         names = owner.__match_args__
         made = make_dataclass(owner.__name__, [described(name) for name in names], frozen=True)
-        fields: dict[str, Any] = made.__dataclass_fields__
+        fields: dict[str, Any] = getattr(made, "__dataclass_fields__")  # noqa: B009 - typeshed hides it
         return fields
 
 
@@ -46,7 +46,7 @@ class _Fields:
 class ValueType(type):
     """Turns the annotations of a class body into slots, as ``@dataclass(slots=True)`` does."""
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Self:
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> ValueType:
         names = tuple(namespace.get("__annotations__", ()))
         namespace["_defaults"] = {each: namespace.pop(each) for each in names if each in namespace}
         namespace["__slots__"] = names

@@ -337,7 +337,10 @@ def _open_system() -> tuple[str | None, _kvm.System | None]:
         system = System(DEVICE)
     except KvmError as error:
         return _why_not_open(error), None
-    version = system.get_api_version()
+    try:
+        version = system.get_api_version()
+    except KvmError as error:
+        return f"{DEVICE} is something else than KVM ({error})", None
     if version != KVM_API_VERSION:
         system.close()
         return f"{DEVICE} speaks KVM API version {version}, not {KVM_API_VERSION}", None
