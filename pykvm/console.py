@@ -8,30 +8,45 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
+
+from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+    from typing import Any
 
-__all__ = ["Console", "Escape", "write_all"]
+    from pykvm.devices.serial import Serial
+
+__all__ = ["Console", "Escape", "writer"]
 
 ESCAPE = 0x01  # Ctrl-A
 CHUNK = 4096
+BACKLOG = 64 << 10  # bytes that wait for the guest before we read more
+BACKLOG_PAUSE = 10  # milliseconds
+JOIN_TIMEOUT = 1.0  # seconds; another reader of the same input can make ours wait for more of it
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`, also to a pipe or terminal that is set to non-blocking.
+def writer(fd: int, name: str) -> Callable[[bytes], None]:
+    """A function that writes all of what it is given, also to a pipe or terminal that is non-blocking.
 
-    Raises BrokenPipeError when nobody reads any more.
+    It raises PykvmError, which calls the file `name`, if nobody reads any more or the disk is full.
     """
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:
-            import select
 
-            select.select([], [fd], [])
+    def write(data: bytes) -> None:
+        while data:
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:
+                import select
+
+                select.select([], [fd], [])
+            except OSError as error:
+                raise PykvmError(f"cannot write to {name} any more: {error.strerror}") from error
+
+    return write
 
 
 class Escape:
@@ -58,89 +73,89 @@ class Escape:
 
 
 class Console:
-    """Feeds standard input to `receive` on a thread, with the terminal raw, until closed.
+    """Feeds standard input to `line` on a thread, with the terminal raw, until closed.
 
-    `leave` is called when the user types Ctrl-A x. The terminal is as before once `close` returns, or the
-    with block is left, whichever way.
+    `leave` is called when the user types Ctrl-A x. The terminal is as before once the with block is left,
+    whichever way.
     """
 
-    def __init__(self, receive: Callable[[bytes], object], leave: Callable[[], object], fd: int = 0) -> None:
-        self._receive = receive
+    def __init__(self, line: Serial, leave: Callable[[], object], fd: int = 0) -> None:
+        self._line = line
         self._leave = leave
         self._fd = fd
-        self._saved: list[object] | None = None
-        self._wake_read, self._wake_write = os.pipe()
-        self._thread: threading.Thread | None = None
+        self._terminal = os.isatty(fd)
+        self._saved: list[Any] | None = None  # the terminal's attributes, while it is raw
+        self._closing, self._close = os.pipe()  # the first can be read once the second is closed
+        self._thread = threading.Thread(target=self._feed, name="console", daemon=True)
 
     def __enter__(self) -> Console:
         try:
-            terminal = os.isatty(self._fd)
-            os.fstat(self._fd)
-        except OSError:
-            return self  # no standard input at all
-        if terminal:
-            self._make_raw()
-        self._thread = threading.Thread(target=self._feed, args=(terminal,), name="console", daemon=True)
-        self._thread.start()
+            if self._terminal:
+                self._make_raw()
+            self._thread.start()
+        except BaseException:
+            self._restore()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop reading and put the terminal back. Twice is fine."""
-        if self._wake_write < 0:
-            return
-        self._restore()
-        os.close(self._wake_write)
-        self._wake_write = -1
-        if self._thread is not None:
-            self._thread.join()
-        os.close(self._wake_read)
+        try:
+            self._restore()
+        finally:  # a signal may come here, too
+            self._restore()
+            os.close(self._close)
+            self._thread.join(JOIN_TIMEOUT)
+            os.close(self._closing)
 
     def _make_raw(self) -> None:
         import termios
         import tty
 
         self._saved = termios.tcgetattr(self._fd)
-        tty.setraw(self._fd)
+        tty.setraw(self._fd, termios.TCSANOW)  # keeps what has been typed already
         attributes = termios.tcgetattr(self._fd)
         attributes[1] |= termios.OPOST  # a guest's "\n" still starts at the left
         termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
 
     def _restore(self) -> None:
-        if self._saved is not None:
-            import termios
+        if self._saved is None:
+            return
+        import termios
 
+        with suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
-            self._saved = None
+        self._saved = None
 
-    def _feed(self, terminal: bool) -> None:
+    def _feed(self) -> None:
         import select
 
         escape = Escape()
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN | select.POLLHUP)
-        poll.register(self._fd, select.POLLIN)
+        closing = select.poll()
+        closing.register(self._closing)
+        either = select.poll()
+        either.register(self._closing)
+        either.register(self._fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._wake_read in ready:
+            # A file can be endless and must not fill our memory. What is typed is short, and may be Ctrl-A x.
+            while not self._terminal and self._line.waiting >= BACKLOG:
+                if closing.poll(BACKLOG_PAUSE):
+                    return
+            if self._closing in dict(either.poll()):
                 return
             try:
                 data = os.read(self._fd, CHUNK)
             except BlockingIOError:
                 continue
             except OSError:
-                return
+                return  # the terminal is gone
             if not data:
                 return  # end of input: the guest goes on without
             leave = False
-            if terminal:
+            if self._terminal:
                 data, leave = escape.feed(data)
-            if data:
-                self._receive(data)
+            self._line.receive(data)
             if leave:
                 self._leave()
                 return

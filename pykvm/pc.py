@@ -39,6 +39,7 @@ from pykvm.layout import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
     from pykvm.interfaces import IrqLine
     from pykvm.vm import VM
@@ -57,7 +58,7 @@ class Pc:
 
     `output` gets what the guest sends to COM1, `debug_output` what it writes to port 0xe9, byte for byte
     as it comes. `debug_port` is a second port for the latter (firmware uses 0x402). With `qemu_exit` the
-    debug-exit port follows QEMU's isa-debug-exit: the status is ``(value << 1) | 1``.
+    debug-exit port follows QEMU's isa-debug-exit: the status is ``(value << 1) | 1``. Close it before `vm`.
 
     Raises BusError if something else is attached at one of these ports.
     """
@@ -99,5 +100,13 @@ class Pc:
             vm.attach(self.debug_console, port=debug_port, size=1)
 
     def close(self) -> None:
-        """Stop the devices' own timers."""
+        """Stop the devices' own timers. Twice is fine."""
         self.cmos.close()
+
+    def __enter__(self) -> Pc:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -16,7 +16,7 @@ LAYERS = (
     {"bus", "device", "interfaces", "memory"},
     {"_kvm", "boot", "devices", "emulator", "kvm"},
     {"backends", "explain", "pc", "vm"},
-    {"__main__", "cli", "console", "doctor"},
+    {"__main__", "cli", "console", "doctor", "options"},
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 SIBLINGS = 2  # parts of this layer know nothing of each other
