@@ -51,10 +51,10 @@ static inline void *map(int fd, size_t size)
     return p;
 }
 
-static inline uint64_t now_ns(void)
+static inline uint64_t now_ns(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 

@@ -28,11 +28,11 @@ int main(void)
 
     while (fgets(line, sizeof(line), stdin)) {
         unsigned long lives = strtoul(line, NULL, 0);
-        uint64_t start = now_ns();
+        uint64_t start = now_ns(CLOCK_MONOTONIC);
 
         for (unsigned long i = 0; i < lives; i++)
             live(&host);
-        printf("%llu\n", (unsigned long long)(now_ns() - start));
+        printf("%llu\n", (unsigned long long)(now_ns(CLOCK_MONOTONIC) - start));
         fflush(stdout);
     }
     return 0;
