@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pykvm.kvm.backend import KvmBackend
 
+from pykvm.kvm.backend import KvmBackend
 from tests.kvm.machines import Machine, lacks
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import mmap
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from pykvm.errors import KvmError
 from pykvm.kvm.abi import IOCTLS
 from pykvm.kvm.structs import ClockData, PitState2, Sregs2
