@@ -205,10 +205,10 @@ class Report:
         remarks = [*(f"- {claim}" for claim in self.claims), *(f"- {note}" for note in self.notes)]
         return "\n".join([f"## {self.title}", "", *table, *([""] if remarks else []), *remarks])
 
-    def json(self) -> str:
+    def json(self, machine: Mapping[str, str]) -> str:
         content = {
             "title": self.title,
-            "machine": machine(),
+            "machine": machine,
             "rows": [dict(zip(self.columns, row, strict=True)) for row in self.rows],
             "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in self.claims],
             "notes": self.notes,
@@ -227,6 +227,7 @@ def machine() -> dict[str, str]:
         "kernel": platform.release(),
         "kvm": ", ".join(kinds) or "none",
         "python": platform.python_version(),
+        "load": f"{os.getloadavg()[0]:.1f}",
     }
 
 
@@ -237,14 +238,15 @@ def main(description: str, measure: Callable[[bool], Report]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    where = machine()
     try:
         report = measure(options.quick)
     except Impossible as reason:
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
     if options.json:
-        print(report.json())
+        print(report.json(where))
         return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
     print()
     print(report.markdown())
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from time import perf_counter_ns
+from typing import Any
 
 import common
 
@@ -40,8 +40,9 @@ def extension_life() -> Callable[[], None]:
     from pykvm.registers import Registers, SystemRegisters
 
     system = _kvm.System()
+    no_devices: Any = None  # a HLT accesses none
     registers = Registers(rip=REAL_MODE_IMAGE)
-    system_registers = modes.real_mode(replace(SystemRegisters()))
+    system_registers = modes.real_mode(SystemRegisters())
 
     def live() -> None:
         with system.create_vm() as vm:
@@ -57,7 +58,7 @@ def extension_life() -> Callable[[], None]:
                     vcpu.set_supported_cpuid(system)
                     vcpu.set_sregs(system_registers)
                     vcpu.set_regs(registers)
-                    exit = vcpu.run(None)
+                    exit = vcpu.run(no_devices)
                     assert isinstance(exit, Halt), exit
                 vm.close()
 
