@@ -10,13 +10,16 @@ as long as the call lasts. `stop`, `pause` and `resume` may be called from any t
 from signal handlers, `close` from any thread that is not in `run`; attaching devices and adding memory
 are safe everywhere; everything else belongs to the thread that runs, or to a pause.
 
-All of the control state is guarded by one condition, `_control`, which is never held while a guest
-or a device runs. It may be taken while a device lock is held (a device that stops the machine).
+All of the control state is guarded by one lock, `_control`, which is never held while a guest or a
+device runs. It may be taken while a device lock is held (a device that stops the machine). Signal handlers
+may raise at any line: locks are taken by `with` on the lock itself, not on a condition, because only
+that is atomic towards signals, and threads are bare, because starting a `threading.Thread` is not.
 """
 
 from __future__ import annotations
 
 import threading
+from _thread import start_new_thread
 
 from pykvm.backends import choose
 from pykvm.bus import Attachment, Bus
@@ -29,6 +32,7 @@ from pykvm.values import replace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
+    from _thread import LockType
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
@@ -72,7 +76,7 @@ class _Run:
         self.active: set[int] = set()  # that have not ended
         self.parked: set[int] = set()  # that wait for resume
         self.kicked: set[int] = set()  # that we kicked and that have not looked at the control state since
-        self.timer: threading.Timer | None = None
+        self.timer: LockType | None = None  # held while the time is running
 
 
 class VM:
@@ -100,7 +104,8 @@ class VM:
         self.irqchip = irqchip
         self.vcpus: tuple[Vcpu, ...] = ()
         self.entry: Entry | None = None
-        self._control = threading.Condition()
+        self._control = threading.RLock()
+        self._changed = threading.Condition(self._control)
         self._run: _Run | None = None  # the one in progress
         self._ending: Exit | None = None  # why it ends, or the next one will
         self._paused = False
@@ -236,15 +241,7 @@ class VM:
         """
         if timeout is not None and not timeout >= 0:  # NaN is refused too
             raise ConfigurationError(f"a timeout of {timeout} seconds: it must be 0 or more")
-        run = _Run()
-        try:
-            self._begin(run, 0)
-            if timeout is not None:
-                self._start_timer(run, timeout)
-            several = len(self.vcpus) > 1
-            return self._with_failure(self._run_all(run) if several else self._run_vcpu(run, self.vcpus[0]))
-        finally:
-            self._finish(run)
+        return self._execute(0, timeout, self._run_all if len(self.vcpus) > 1 else self._run_vcpu)
 
     async def run_async(self, timeout: float | None = None) -> Exit:
         """As `run`, on a thread of its own. Cancelling it stops the guest before the task goes on."""
@@ -273,17 +270,7 @@ class VM:
         """
         if not 0 <= vcpu < len(self.vcpus):
             raise ConfigurationError(f"there is no processor {vcpu}: they are 0 to {len(self.vcpus) - 1}")
-        run = _Run()
-        try:
-            self._begin(run, vcpu)
-            result = self._ending or self.vcpus[vcpu].step(self)
-            if type(result) in (Interrupted, Debug) and self._ending is not None:
-                result = self._ending
-            elif type(result) is Interrupted and run.kicked:
-                result = Interrupted(vcpu, "pause")
-            return self._with_failure(result)
-        finally:
-            self._finish(run)
+        return self._execute(vcpu, None, self._step)
 
     def stop(self, status: int = 0, reason: str = "stop") -> None:
         """End the run, or else the next one, with `Stopped`. From any thread, also from a device."""
@@ -300,19 +287,33 @@ class VM:
             self._paused = True
             self._kick_all()
             if self._run is None or threading.get_ident() not in self._run.threads:
-                self._control.wait_for(lambda: not self._paused or self._stands_still())
+                self._changed.wait_for(lambda: not self._paused or self._stands_still())
 
     def resume(self) -> None:
         """Let a paused machine go on."""
         with self._control:
             self._paused = False
-            self._control.notify_all()
+            self._changed.notify_all()
 
     def _stands_still(self) -> bool:
         return self._run is None or self._run.parked >= self._run.active
 
+    def _execute(self, vcpu: int, timeout: float | None, how: Callable[[_Run, Vcpu], Exit]) -> Exit:
+        """From the start to the end of a run, the first processor of which executes on this thread."""
+        run = _Run()
+        try:
+            self._begin(run, vcpu)
+            if timeout is not None:
+                self._start_timer(run, timeout)
+            return self._with_failure(how(run, self.vcpus[vcpu]))
+        finally:
+            try:
+                self._finish(run, vcpu)
+            except BaseException:  # a signal handler raised in there
+                self._finish(run, vcpu)
+                raise
+
     def _begin(self, run: _Run, vcpu: int) -> None:
-        """Start `run` with the processor that executes on this thread."""
         with self._control:
             if self._closed:
                 raise ConfigurationError("the machine is closed")
@@ -321,17 +322,20 @@ class VM:
             run.active.add(vcpu)
             self._run = run
 
-    def _finish(self, run: _Run) -> None:
-        if run.timer is not None:
-            run.timer.cancel()
+    def _finish(self, run: _Run, vcpu: int) -> None:
+        """Take back everything that belongs to `run`. May be called again when it did not come to its end."""
+        timer, run.timer = run.timer, None
+        if timer is not None:
+            timer.release()
         with self._control:
             if self._run is not run:  # it was refused
                 return
+            self._join(run, vcpu)
             for index in run.kicked:
                 self.vcpus[index].clear_kick()
             self._ending = None
             self._run = None
-            self._control.notify_all()
+            self._changed.notify_all()
 
     def _end(self, exit: Exit, *, only_if_running: bool = False) -> None:
         with self._control:
@@ -340,7 +344,7 @@ class VM:
             if self._ending is None:
                 self._ending = exit
             self._kick_all()
-            self._control.notify_all()
+            self._changed.notify_all()
 
     def _kick_all(self) -> None:
         """Make every processor look at the control state, with `_control` held.
@@ -349,18 +353,22 @@ class VM:
         """
         if self._run is not None:
             for index in self._run.active - self._run.parked - self._run.kicked:
-                self._run.kicked.add(index)
                 self.vcpus[index].kick()
+                self._run.kicked.add(index)  # last: a signal handler that raises here must not lose a kick
 
     def _start_timer(self, run: _Run, timeout: float) -> None:
+        cancelled = threading.Lock()
+        cancelled.acquire()
+
         def time_out() -> None:
+            if cancelled.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
+                return
             with self._control:
                 if self._run is run:
                     self._end(Interrupted(0, "timeout"))
 
-        run.timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), time_out)
-        run.timer.daemon = True
-        run.timer.start()
+        run.timer = cancelled
+        start_new_thread(time_out, ())
 
     def _run_vcpu(self, run: _Run, vcpu: Vcpu) -> Exit:
         """Run one processor until the machine ends, through pauses."""
@@ -380,68 +388,61 @@ class VM:
                 if self._paused:
                     self._park(run, vcpu.index)
 
+    def _step(self, run: _Run, vcpu: Vcpu) -> Exit:
+        result = self._ending or vcpu.step(self)
+        if type(result) in (Interrupted, Debug) and self._ending is not None:
+            return self._ending
+        if type(result) is Interrupted and run.kicked:
+            return Interrupted(vcpu.index, "pause")
+        return result
+
     def _park(self, run: _Run, index: int) -> None:
         """Wait for resume or the end, with `_control` held."""
         run.parked.add(index)
-        self._control.notify_all()
-        self._control.wait_for(lambda: not self._paused or self._ending is not None)
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: not self._paused or self._ending is not None)
         run.parked.discard(index)
 
-    def _run_all(self, run: _Run) -> Exit:
-        """Run all processors; the first one to end ends the machine."""
+    def _run_all(self, run: _Run, first: Vcpu) -> Exit:
+        """Run all processors, `first` on this thread; the first one to end ends the machine."""
         results: list[Exit] = []
         errors: list[BaseException] = []
 
-        def fail(vcpu: Vcpu, error: BaseException) -> None:
-            errors.append(error)  # goes on in the caller of run
-            self._end(Interrupted(vcpu.index, "error"))
-
         def drive(vcpu: Vcpu) -> None:
             try:
-                with self._control:
-                    run.threads.add(threading.get_ident())
                 exit = self._run_vcpu(run, vcpu)
                 results.append(exit)
                 self._end(exit)
-            except BaseException as error:
-                fail(vcpu, error)
-            finally:
-                self._leave(run, vcpu.index)
+            except BaseException as error:  # goes on in the caller of run
+                errors.append(error)
+                self._end(Interrupted(vcpu.index, "error"))
 
-        try:
-            for vcpu in self.vcpus[1:]:
-                thread = threading.Thread(target=drive, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-                try:
-                    self._enter(run, vcpu.index)
-                    thread.start()
-                except RuntimeError as error:  # the system has no more threads
-                    self._leave(run, vcpu.index)
-                    fail(vcpu, error)
-            drive(self.vcpus[0])
-        finally:
-            self._end(Interrupted(0, "error"))  # changes nothing unless a signal came between these lines
-            self._join(run)
+        def drive_here(vcpu: Vcpu) -> None:
+            with self._control:
+                if self._run is not run or self._ending is not None:
+                    return  # it was over before this thread began
+                run.threads.add(threading.get_ident())
+                run.active.add(vcpu.index)
+            drive(vcpu)
+            with self._control:
+                run.active.discard(vcpu.index)
+                self._changed.notify_all()
+
+        for vcpu in self.vcpus[1:]:
+            start_new_thread(drive_here, (vcpu,))
+        drive(first)
+        self._join(run, first.index)
         if errors:
             raise errors[0]
         return results[0]
 
-    def _enter(self, run: _Run, index: int) -> None:
-        with self._control:
-            run.active.add(index)
-
-    def _leave(self, run: _Run, index: int) -> None:
+    def _join(self, run: _Run, index: int) -> None:
+        """This thread's processor has ended: wait until all others have, too."""
         with self._control:
             run.active.discard(index)
-            self._control.notify_all()
-
-    def _join(self, run: _Run) -> None:
-        """Wait until all processors have left, through a first Ctrl-C, but not through a second."""
-        with self._control:
-            try:
-                self._control.wait_for(lambda: not run.active)
-            except BaseException:
-                self._control.wait_for(lambda: not run.active)
-                raise
+            if run.active:
+                self._end(Interrupted(index, "error"))  # changes nothing unless a signal handler raised
+                self._changed.wait_for(lambda: not run.active)
 
     def _with_failure(self, exit: Exit) -> Exit:
         """Add to a failed exit what the machine looks like, while it still does."""
@@ -477,9 +478,9 @@ class VM:
                     raise ConfigurationError("a device cannot close its own machine: call stop() instead")
                 self._closed = True
                 self._end(Stopped(0, 0, "close"))
-                self._control.wait_for(lambda: self._run is None)
+                self._changed.wait_for(lambda: self._run is None)
             self._closed = True
-        self._release()
+            self._release()  # under the lock: who closes at the same time must find it closed
 
     def _release(self) -> None:
         self.machine.close()

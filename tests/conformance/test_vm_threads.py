@@ -245,7 +245,7 @@ SEQUENCES = st.lists(st.lists(st.sampled_from(sorted(ACTIONS)), max_size=6), min
 
 @pytest.mark.parametrize("name", backends.NAMES)
 @settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
