@@ -273,7 +273,7 @@ class Access:
         mmu = self.mmu
         mmu.translate(linear, WRITE, user=self.is_user)
         if (linear & OFFSET) + size > PAGE_SIZE:
-            mmu.translate((linear + size - 1) & mmu.linear_mask, WRITE, user=self.is_user)
+            mmu.translate((linear | OFFSET) + 1 & mmu.linear_mask, WRITE, user=self.is_user)
 
     def store_slowly(self, linear: int, size: int, value: int) -> None:
         """Store through the page walk. Where a page border splits it, both pages are tried first."""
