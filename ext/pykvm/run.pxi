@@ -319,12 +319,14 @@ cdef class Vcpu(VcpuState):
             recent.size = page.io.size
             recent.count = page.io.count
             recent.write = page.io.direction == KVM_EXIT_IO_OUT
-            memcpy(&recent.value, <char *>page + page.io.data_offset, page.io.size)
+            if recent.write:
+                memcpy(&recent.value, <char *>page + page.io.data_offset, page.io.size)
         elif page.exit_reason == KVM_EXIT_MMIO:
             recent.address = page.mmio.phys_addr
             recent.size = page.mmio.len
             recent.write = page.mmio.is_write
-            memcpy(&recent.value, page.mmio.data, 8)
+            if recent.write:
+                memcpy(&recent.value, page.mmio.data, page.mmio.len)
 
     cdef bint serve_io(self, ServedRanges served) noexcept nogil:
         """Have a C device do this port access. String I/O may stop midway: pending_index says where."""
@@ -571,7 +573,7 @@ cdef class Vcpu(VcpuState):
         self.timing = True
 
     def recent_exits(self) -> list:
-        """The last exits, oldest first: (KVM_EXIT_* number, write, address, size, count, value)."""
+        """The last exits, oldest first: (KVM_EXIT_* number, write, address, size, count, value written)."""
         cdef uint64_t i
         cdef Recent *r
         result = []
