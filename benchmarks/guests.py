@@ -47,7 +47,7 @@ def measure(quick: bool) -> common.Report:
 
 
 def count_primes(times: int) -> float:
-    """Milliseconds of CPU time a count in ring 3 on KVM takes, with a share of the machine's start and end."""
+    """CPU milliseconds of a count in ring 3 on KVM, with a share of the machine's start and end."""
     from pykvm import VM, Pc
     from pykvm.exits import Stopped
 
