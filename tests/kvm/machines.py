@@ -74,7 +74,14 @@ class Machine:
     """A VM with RAM from address 0 and `cpus` processors, all in real mode with flat segments at 0."""
 
     def __init__(
-        self, system: System, *, irqchip: bool = False, cpus: int = 1, ram: int = RAM, flags: int = 0
+        self,
+        system: System,
+        *,
+        irqchip: bool = False,
+        cpus: int = 1,
+        ram: int = RAM,
+        flags: int = 0,
+        cpuid: bool = True,
     ) -> None:
         self.vm = system.create_vm()
         self.vm.set_identity_map_addr(0xFEFF_C000)
@@ -86,7 +93,8 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         for index in range(cpus):
             vcpu = self.vm.create_vcpu(index)
-            vcpu.set_supported_cpuid(system, cpus)
+            if cpuid:
+                vcpu.set_supported_cpuid(system, cpus)
             self.vcpus.append(vcpu)
 
     @property
