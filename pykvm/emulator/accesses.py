@@ -24,6 +24,7 @@ class Accesses:
 
     def __init__(self) -> None:
         self.io: IO | None = None
+        self.busy = False  # a device is being called
         self.timed = False
         self.seconds = 0.0  # spent in devices
         self.port_accesses = 0
@@ -69,10 +70,11 @@ class Accesses:
         return self.io
 
     def _call(self, access: Callable[..., int | None], *arguments: int) -> int:
-        if not self.timed:
-            return access(*arguments) or 0
-        start = perf_counter()
+        start = perf_counter() if self.timed else 0.0
+        self.busy = True
         try:
             return access(*arguments) or 0
         finally:
-            self.seconds += perf_counter() - start
+            self.busy = False
+            if self.timed:
+                self.seconds += perf_counter() - start

@@ -234,8 +234,8 @@ def _branch(i: Instruction, reader: _Reader, entry: dict[str | int, Entry]) -> E
         return entry.get(prefix)
     if i.modrm < 0:
         _modrm(i, reader)
-    if "memory" in entry:
-        return entry["memory" if i.has_memory else "register"]
+    if "register" in entry:
+        return entry.get("memory" if i.has_memory else "register")
     return entry.get(i.modrm & 7 if "rm" in entry else i.reg)
 
 

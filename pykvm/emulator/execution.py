@@ -41,6 +41,7 @@ class Execution:
         self.index = index
         self.breakpoints: frozenset[int] = frozenset()
         self._kicked = False
+        self._call: Callable[[], None] | None = None
         self._wake = threading.Event()
 
     def kick(self) -> None:
@@ -51,6 +52,17 @@ class Execution:
     def clear_kick(self) -> None:
         """Forget a kick. Only between runs."""
         self._kicked = False
+
+    def call_between_instructions(self, call: Callable[[], None]) -> None:
+        """Call `call` soon, when RIP is at an instruction's border; what it raises leaves the run."""
+        self._call = call
+        self.attend()
+
+    def call_held(self) -> None:
+        """Make the call that `call_between_instructions` has asked for, if any."""
+        if self._call is not None:
+            call, self._call = self._call, None
+            call()
 
     def attend(self) -> None:
         """Look at kicks and interrupt lines soon. Any thread may call this."""
@@ -183,6 +195,7 @@ class Execution:
         cpu, clock = self.cpu, self.cpu.clock
         while True:
             self._wake.clear()
+            self.call_held()
             if self._kicked:
                 self._kicked = False
                 return Interrupted(self.index)

@@ -519,7 +519,7 @@ def _simd() -> dict[int, Entry]:
         0x17F: _prefixed(p66=aligned_store, pf3=store),
         0x170: _prefixed(p66=Row("pshufd", "Vx Wx Ib", sse.pshufd, KEEP)),
         0x1D6: _prefixed(p66=Row("movq", "Wq Vq", sse.move, KEEP)),
-        0x1D7: _prefixed(p66={"register": Row("pmovmskb", "Gd Wx", sse.pmovmskb, KEEP), "memory": _NOTHING}),
+        0x1D7: _prefixed(p66={"register": Row("pmovmskb", "Gd Wx", sse.pmovmskb, KEEP)}),
         0x1E7: _prefixed(p66=Row("movntdq", "Mx Vx", sse.move_aligned, KEEP)),
         0x1F0: _prefixed(pf2=Row("lddqu", "Vx Mx", sse.move, KEEP)),
     }
@@ -559,8 +559,11 @@ def _simd() -> dict[int, Entry]:
 
 
 def _half(operands: str, *, high: bool) -> Entry:
-    row = Row("movhps" if high else "movlps", operands, sse.move_half(high), KEEP)
-    return _prefixed(np=row, p66=row)
+    """MOVLPS and MOVHPS; the PD forms take memory only."""
+    build, name = sse.move_half(high), "movhps" if high else "movlps"
+    return _prefixed(
+        np=Row(name, operands, build, KEEP), p66=Row(name, operands.replace("W", "M"), build, KEEP)
+    )
 
 
 def _complete(table: dict[int, Entry]) -> dict[int, Entry]:

@@ -8,6 +8,7 @@ from pykvm.emulator import msr
 from pykvm.emulator.decode import CS, DS, ES, FS, GS, SS
 from pykvm.emulator.execution import Execution
 from pykvm.emulator.faults import Fault
+from pykvm.emulator.signals import deferred_interrupts
 from pykvm.emulator.translate import M64
 from pykvm.errors import ConfigurationError, PykvmError
 from pykvm.registers import RESET_REGISTERS, RFLAGS_FIXED, DescriptorTable, Registers, SystemRegisters
@@ -210,7 +211,8 @@ class EmulatorVcpu:
         self._accesses.io = io
         start = perf_counter()
         try:
-            return execute()
+            with deferred_interrupts(self._execution, self._accesses):
+                return execute()
         finally:
             self._seconds += perf_counter() - start
 

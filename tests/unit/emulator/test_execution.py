@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -366,6 +367,42 @@ def test_kick_from_another_thread_stops_a_guest_that_spins(guest: Guest) -> None
 
         assert guest.resume() == Interrupted(0)
         timer.join()
+
+
+def interrupt_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def test_ctrl_c_comes_between_instructions(guest: Guest) -> None:
+    guest.long()
+    guest.put(0x9000, 0)
+    # 1: inc dword [rsi]; inc eax; jmp 1b
+    guest.load(bytes.fromhex("ff 06 ff c0 eb fa"))
+    guest.start(rsi=0x9000)
+    for delay in (0.001, 0.002, 0.003, 0.005, 0.007):
+        timer = threading.Timer(delay, interrupt_main_thread)
+        timer.start()
+
+        with pytest.raises(KeyboardInterrupt):
+            guest.resume()
+
+        timer.join()
+        assert guest.get(0x9000, 4) - guest.registers.rax == (guest.registers.rip == 0x8002)
+
+
+def test_ctrl_c_reaches_a_device_that_waits(guest: Guest) -> None:
+    class Waiting(Bus):
+        def port_read(self, port: int, size: int) -> int:
+            threading.Timer(0.01, interrupt_main_thread).start()
+            time.sleep(10)
+            return 0
+
+    guest.long()
+    guest.bus = Waiting()
+
+    with pytest.raises(KeyboardInterrupt):
+        guest.run(bytes.fromhex("e4 10"))
+    assert guest.registers.rip == 0x8000
 
 
 def test_kick_by_a_device_stops_after_its_instruction(guest: Guest) -> None:
