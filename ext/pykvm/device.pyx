@@ -1,9 +1,9 @@
 # cython: language_level=3, embedsignature=True, auto_pickle=False, autotestdict=False
 """The C-level device interface: devices that KVM's run loop serves without the GIL.
 
-A subclass in Cython overrides `c_read` and `c_write` (see ``pykvm/device.pxd``). It is an
-ordinary `pykvm.Device` too: on the emulator, or when traced, the same C methods are called
-through `read` and `write`.
+A subclass in Cython overrides `c_read` and `c_write` (see ``pykvm/device.pxd`` and docs/c-devices.md).
+It is an ordinary `pykvm.Device` too: on the emulator the same C methods are called through `read` and
+`write`.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
