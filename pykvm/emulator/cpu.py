@@ -281,6 +281,11 @@ class Cpu:
         if self.cpl:
             raise Fault(GP, 0)
 
+    def forbid_user(self) -> None:
+        """SGDT, SIDT, SLDT, STR and SMSW with CR4.UMIP: raise #GP(0) outside privilege 0."""
+        if self.cr4 & CR4_UMIP and self.cpl:
+            raise Fault(GP, 0)
+
     def recheck(self) -> None:
         """Look for interrupts after this block: something may have enabled them."""
         self.clock.limit = 0

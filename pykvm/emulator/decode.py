@@ -39,7 +39,6 @@ NOT64 = 1 << 4  # #UD in 64-bit mode
 ONLY64 = 1 << 5  # #UD outside 64-bit mode
 KEEP = 1 << 6  # leaves the arithmetic flags alone
 PROTECTED = 1 << 7  # #UD in real mode and virtual-8086 mode
-PLAIN_REP = 1 << 8  # a repeat prefix is part of the meaning, not of the opcode
 
 PREFIX_SEGMENT = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
 OPERAND_SIZE, ADDRESS_SIZE, LOCK_PREFIX, REPNE, REPE = 0x66, 0x67, 0xF0, 0xF2, 0xF3
@@ -50,6 +49,9 @@ RBX, RSP, RBP, RSI, RDI = 3, 4, 5, 6, 7
 
 # 16-bit ModRM forms: base and index registers
 FORMS16 = ((RBX, RSI), (RBX, RDI), (RBP, RSI), (RBP, RDI), (RSI, -1), (RDI, -1), (RBP, -1), (RBX, -1))
+
+# MOV to and from control and debug registers: whatever ModRM's mod field says, it means a register
+REGISTER_FORMS = frozenset((0x120, 0x121, 0x122, 0x123))
 
 SIZES = {"b": 1, "w": 2, "d": 4, "q": 8, "x": 16}
 
@@ -251,6 +253,8 @@ def _apply_row_flags(i: Instruction, flags: int) -> None:
 
 def _modrm(i: Instruction, reader: _Reader) -> None:
     modrm = reader.unsigned(1)
+    if i.opcode in REGISTER_FORMS:
+        modrm |= 0xC0
     i.modrm = modrm
     if modrm >= 0xC0:
         return

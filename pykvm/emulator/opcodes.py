@@ -8,7 +8,7 @@ the mandatory prefix (``"prefix"``; then 0, 0x66, 0xF2, 0xF3). What is missing i
 
 from __future__ import annotations
 
-from pykvm.emulator import alu, bits, flow, moves, ports, sse, strings, system
+from pykvm.emulator import alu, bits, descriptors, flow, moves, multiply, ports, sse, strings, system
 from pykvm.emulator.decode import CS as CODE
 from pykvm.emulator.decode import (
     DEFAULT64,
@@ -145,9 +145,9 @@ def _one_byte() -> dict[int, Entry]:
     push, pop = Row("push", "Zv", moves.push, DEFAULT64 | KEEP), Row("pop", "Zv", moves.pop, DEFAULT64 | KEEP)
     table: dict[int, Entry] = {}
     for number, opcode in ((ES, 0x06), (CODE, 0x0E), (SS, 0x16), (DS, 0x1E)):
-        table[opcode] = Row("push", "", system.push_segment(number), NOT64 | KEEP)
+        table[opcode] = Row("push", "", descriptors.push_segment(number), NOT64 | KEEP)
         if number != CODE:
-            table[opcode + 1] = Row("pop", "", system.pop_segment(number), NOT64 | END)
+            table[opcode + 1] = Row("pop", "", descriptors.pop_segment(number), NOT64 | END)
     for low in range(8):
         table[0x40 + low] = Row("inc", "Zv", alu.inc, NOT64)
         table[0x48 + low] = Row("dec", "Zv", alu.dec, NOT64)
@@ -160,18 +160,20 @@ def _one_byte() -> dict[int, Entry]:
         table[0x70 + low] = Row("jcc", "Jb", flow.jcc, FORCE64 | END)
     table |= {
         0x90: Row("nop", "Zv Av", moves.nop_or_xchg, KEEP),
-        0x27: Row("daa", "", alu.daa, NOT64),
-        0x2F: Row("das", "", alu.das, NOT64),
-        0x37: Row("aaa", "", alu.aaa, NOT64),
-        0x3F: Row("aas", "", alu.aas, NOT64),
+        0x27: Row("daa", "", multiply.daa, NOT64),
+        0x2F: Row("das", "", multiply.das, NOT64),
+        0x37: Row("aaa", "", multiply.aaa, NOT64),
+        0x3F: Row("aas", "", multiply.aas, NOT64),
         0x60: Row("pusha", "", moves.pusha, NOT64 | KEEP),
         0x61: Row("popa", "", moves.popa, NOT64 | KEEP),
         0x62: _moded(Row("bound", "Gv Mv", moves.bound, KEEP), _VEX),
-        0x63: _moded(Row("arpl", "Ew Gw", system.arpl, PROTECTED), Row("movsxd", "Gv Ez", moves.movsx, KEEP)),
+        0x63: _moded(
+            Row("arpl", "Ew Gw", descriptors.arpl, PROTECTED), Row("movsxd", "Gv Ez", moves.movsx, KEEP)
+        ),
         0x68: Row("push", "Iz", moves.push, DEFAULT64 | KEEP),
-        0x69: Row("imul", "Gv Ev Iz", alu.imul),
+        0x69: Row("imul", "Gv Ev Iz", multiply.imul),
         0x6A: Row("push", "Is", moves.push, DEFAULT64 | KEEP),
-        0x6B: Row("imul", "Gv Ev Is", alu.imul),
+        0x6B: Row("imul", "Gv Ev Is", multiply.imul),
         0x6C: Row("insb", "", ports.ins, END),
         0x6D: Row("ins", "", ports.ins, END),
         0x6E: Row("outsb", "", ports.outs, END),
@@ -184,9 +186,9 @@ def _one_byte() -> dict[int, Entry]:
         0x89: Row("mov", "Ev Gv", moves.mov, KEEP),
         0x8A: Row("mov", "Gb Eb", moves.mov, KEEP),
         0x8B: Row("mov", "Gv Ev", moves.mov, KEEP),
-        0x8C: Row("mov", "Rv Sw", system.mov_from_segment, KEEP),
+        0x8C: Row("mov", "Rv Sw", descriptors.mov_from_segment, KEEP),
         0x8D: Row("lea", "Gv Mv", moves.lea, KEEP),
-        0x8E: Row("mov", "Sw Ew", system.mov_to_segment, END),
+        0x8E: Row("mov", "Sw Ew", descriptors.mov_to_segment, END),
         0x8F: _group([Row("pop", "Ev", moves.pop, DEFAULT64 | KEEP)]),
         0x98: Row("cbw", "", moves.extend_accumulator, KEEP),
         0x99: Row("cwd", "", moves.extend_into_rdx, KEEP),
@@ -233,8 +235,8 @@ def _one_byte_high() -> dict[int, Entry]:
         0xCD: Row("int", "Ib", flow.int_n, END),
         0xCE: Row("into", "", flow.into, NOT64 | END),
         0xCF: Row("iret", "", flow.iret, END),
-        0xD4: Row("aam", "Ib", alu.aam, NOT64),
-        0xD5: Row("aad", "Ib", alu.aad, NOT64),
+        0xD4: Row("aam", "Ib", multiply.aam, NOT64),
+        0xD5: Row("aad", "Ib", multiply.aad, NOT64),
         0xD6: Row("salc", "", bits.salc, NOT64 | KEEP),
         0xD7: Row("xlat", "", moves.xlat, KEEP),
         **_x87(),
@@ -284,10 +286,10 @@ def _group3(operand: str) -> list[Entry | None]:
     return [
         Row("not", operand, alu.not_, LOCK | KEEP),
         Row("neg", operand, alu.neg, LOCK),
-        Row("mul", operand, alu.mul),
-        Row("imul", operand, alu.imul1),
-        Row("div", operand, alu.div),
-        Row("idiv", operand, alu.idiv),
+        Row("mul", operand, multiply.mul),
+        Row("imul", operand, multiply.imul1),
+        Row("div", operand, multiply.div),
+        Row("idiv", operand, multiply.idiv),
     ]
 
 
@@ -351,17 +353,17 @@ def _two_byte() -> dict[int, Entry]:
     table |= {
         0x100: _group(
             [
-                Row("sldt", "Rv", system.sldt, PROTECTED | KEEP),
-                Row("str", "Rv", system.str_, PROTECTED | KEEP),
-                Row("lldt", "Ew", system.lldt, PROTECTED | END),
-                Row("ltr", "Ew", system.ltr, PROTECTED | END),
-                Row("verr", "Ew", system.verr, PROTECTED),
-                Row("verw", "Ew", system.verw, PROTECTED),
+                Row("sldt", "Rv", descriptors.sldt, PROTECTED | KEEP),
+                Row("str", "Rv", descriptors.str_, PROTECTED | KEEP),
+                Row("lldt", "Ew", descriptors.lldt, PROTECTED | END),
+                Row("ltr", "Ew", descriptors.ltr, PROTECTED | END),
+                Row("verr", "Ew", descriptors.verr, PROTECTED),
+                Row("verw", "Ew", descriptors.verw, PROTECTED),
             ]
         ),
         0x101: _group7(),
-        0x102: Row("lar", "Gv Ev", system.lar, PROTECTED),
-        0x103: Row("lsl", "Gv Ev", system.lsl, PROTECTED),
+        0x102: Row("lar", "Gv Ev", descriptors.lar, PROTECTED),
+        0x103: Row("lsl", "Gv Ev", descriptors.lsl, PROTECTED),
         0x105: Row("syscall", "", flow.syscall, END | ONLY64),
         0x106: Row("clts", "", system.clts, END),
         0x107: Row("sysret", "", flow.sysret, END | ONLY64),
@@ -378,19 +380,19 @@ def _two_byte() -> dict[int, Entry]:
         0x132: Row("rdmsr", "", system.rdmsr, END),
         0x134: Row("sysenter", "", flow.sysenter, END),
         0x135: Row("sysexit", "", flow.sysexit, END),
-        0x1A0: Row("push", "", system.push_segment(FS), DEFAULT64 | KEEP),
-        0x1A1: Row("pop", "", system.pop_segment(FS), DEFAULT64 | END),
+        0x1A0: Row("push", "", descriptors.push_segment(FS), DEFAULT64 | KEEP),
+        0x1A1: Row("pop", "", descriptors.pop_segment(FS), DEFAULT64 | END),
         0x1A2: Row("cpuid", "", system.cpuid, KEEP),
         0x1A3: Row("bt", "Ev Gv", bits.bt),
         0x1A4: Row("shld", "Ev Gv Ib", bits.shld),
         0x1A5: Row("shld", "Ev Gv CL", bits.shld),
-        0x1A8: Row("push", "", system.push_segment(GS), DEFAULT64 | KEEP),
-        0x1A9: Row("pop", "", system.pop_segment(GS), DEFAULT64 | END),
+        0x1A8: Row("push", "", descriptors.push_segment(GS), DEFAULT64 | KEEP),
+        0x1A9: Row("pop", "", descriptors.pop_segment(GS), DEFAULT64 | END),
         0x1AB: Row("bts", "Ev Gv", bits.bts, LOCK),
         0x1AC: Row("shrd", "Ev Gv Ib", bits.shrd),
         0x1AD: Row("shrd", "Ev Gv CL", bits.shrd),
         0x1AE: _group15(),
-        0x1AF: Row("imul", "Gv Ev", alu.imul),
+        0x1AF: Row("imul", "Gv Ev", multiply.imul),
         0x1B0: Row("cmpxchg", "Eb Gb", alu.cmpxchg, LOCK),
         0x1B1: Row("cmpxchg", "Ev Gv", alu.cmpxchg, LOCK),
         0x1B2: Row("lss", "Gv Mv", flow.load_far_pointer(SS), END),
@@ -441,10 +443,10 @@ def _group7() -> Entry:
     """0F 01: descriptor tables, machine status word, and what hides in the register forms."""
     smsw, lmsw = Row("smsw", "Rv", system.smsw, KEEP), Row("lmsw", "Ew", system.lmsw, END)
     memory = [
-        Row("sgdt", "Mv", system.sgdt, KEEP),
-        Row("sidt", "Mv", system.sidt, KEEP),
-        Row("lgdt", "Mv", system.lgdt, END),
-        Row("lidt", "Mv", system.lidt, END),
+        Row("sgdt", "Mv", descriptors.sgdt, KEEP),
+        Row("sidt", "Mv", descriptors.sidt, KEEP),
+        Row("lgdt", "Mv", descriptors.lgdt, END),
+        Row("lidt", "Mv", descriptors.lidt, END),
         smsw,
         None,
         lmsw,

@@ -304,12 +304,6 @@ class Access:
         self.mmu.accesses.mmio_write(physical, size, value)
         self.mmu.after_io()
 
-    def load_bytes(self, linear: int, count: int) -> bytes:
-        """Load `count` bytes, byte by byte where devices are concerned."""
-        load = self.load[1]
-        mask = self.mmu.linear_mask
-        return bytes(load((linear + index) & mask) for index in range(count))
-
 
 def _make_load(pages: Pages, whole: Pages, size: int, slowly: Callable[[int, int], int]) -> Load:
     """A load of `size` bytes through `pages`; misaligned ones through `whole`, the bytes."""

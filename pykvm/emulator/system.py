@@ -1,45 +1,29 @@
-"""System instructions: flags, control registers, descriptor tables, MSRs, CPUID, HLT (SDM volume 2)."""
+"""System instructions: flags, HLT, control and debug registers, MSRs, CPUID, time (SDM volume 2)."""
 
 from __future__ import annotations
 
-from pykvm.emulator import msr, segments
+from pykvm.emulator import msr
 from pykvm.emulator.cpuid import cpuid as query_cpuid
-from pykvm.emulator.decode import CS, GS, SS, Instruction, Operand
-from pykvm.emulator.faults import GP, NP, SELECTOR, UD, Fault
-from pykvm.emulator.flags import EAGER, MASK, arithmetic
-from pykvm.emulator.segments import (
-    CALL_GATE16,
-    CALL_GATE32,
-    LDT,
-    RPL,
-    TASK_GATE,
-    TSS16,
-    TSS16_BUSY,
-    TSS32,
-    TSS32_BUSY,
-    SegmentCache,
-)
+from pykvm.emulator.decode import GS, Instruction
+from pykvm.emulator.faults import GP, UD, Fault
+from pykvm.emulator.flags import MASK
 from pykvm.emulator.transfer import writable_flags
-from pykvm.emulator.translate import M32, RAX, RBX, RCX, RDX, RIP
+from pykvm.emulator.translate import M32, RAX, RBX, RCX, RDX, privileged, then
 from pykvm.errors import UnsupportedInstruction
 from pykvm.registers import (
     CR0_TS,
     CR4_DE,
     CR4_FSGSBASE,
     CR4_TSD,
-    CR4_UMIP,
     RFLAGS_DF,
     RFLAGS_IF,
     RFLAGS_IOPL,
     RFLAGS_RF,
     RFLAGS_VM,
-    RFLAGS_ZF,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pykvm.emulator.cpu import Cpu
     from pykvm.emulator.translate import Op, Put, Translator
 
@@ -47,29 +31,6 @@ CR0_LOW = 0xF  # what LMSW can change
 DR6_FIXED = 0xFFFF_0FF0
 DR7_FIXED = 0x400
 DR7_ENABLES = 0xFF
-
-
-def _then(t: Translator, i: Instruction, action: Callable[[], None]) -> Op:
-    """`action`, then on to the next instruction: for what ends a block without being a jump."""
-    r, following = t.r, i.next
-
-    def op() -> None:
-        action()
-        r[RIP] = following
-
-    return op
-
-
-def _privileged(t: Translator, i: Instruction, action: Callable[[], None]) -> Op:
-    """As `_then`, at privilege 0 only."""
-    cpu, r, following = t.cpu, t.r, i.next
-
-    def op() -> None:
-        cpu.require_cpl0()
-        action()
-        r[RIP] = following
-
-    return op
 
 
 # Flags
@@ -94,7 +55,7 @@ def popf(t: Translator, i: Instruction) -> Op:
         cpu.set_flags(value & ~RFLAGS_RF, writable_flags(cpu, size) | (RFLAGS_RF if size > 2 else 0))
         cpu.recheck()
 
-    return _then(t, i, action)
+    return then(t, i, action)
 
 
 def _require_io_privilege(cpu: Cpu) -> None:
@@ -110,7 +71,7 @@ def cli(t: Translator, i: Instruction) -> Op:
         _require_io_privilege(cpu)
         cpu.eflags &= ~RFLAGS_IF
 
-    return _then(t, i, action)
+    return then(t, i, action)
 
 
 def sti(t: Translator, i: Instruction) -> Op:
@@ -123,7 +84,7 @@ def sti(t: Translator, i: Instruction) -> Op:
             cpu.eflags |= RFLAGS_IF
             cpu.block_interrupts()
 
-    return _then(t, i, action)
+    return then(t, i, action)
 
 
 def cld(t: Translator, i: Instruction) -> Op:
@@ -154,314 +115,7 @@ def hlt(t: Translator, i: Instruction) -> Op:
         cpu.halted = True
         cpu.recheck()
 
-    return _privileged(t, i, action)
-
-
-# Segment registers
-
-
-def mov_from_segment(t: Translator, i: Instruction) -> Op:
-    """MOV r/m, Sreg: memory takes 16 bits, a register all of its size, zero-extended."""
-    dst, src = i.operands
-    number, cache = src.number, t.cpu.segments
-    if number > GS:
-        raise Fault(UD)
-    put = t.put(i, dst)
-
-    def op() -> None:
-        put(cache[number].selector)
-
-    return op
-
-
-def mov_to_segment(t: Translator, i: Instruction) -> Op:
-    """MOV Sreg, r/m. A load of SS holds interrupts back for one instruction."""
-    dst, src = i.operands
-    cpu, number, get = t.cpu, dst.number, t.get(i, src)
-    if number > GS or number == CS:
-        raise Fault(UD)
-
-    def action() -> None:
-        segments.load(cpu, number, get())
-        if number == SS:
-            cpu.block_interrupts()
-
-    return _then(t, i, action)
-
-
-def push_segment(number: int) -> Callable[[Translator, Instruction], Op]:
-    """PUSH Sreg."""
-
-    def build(t: Translator, i: Instruction) -> Op:
-        cache, push = t.cpu.segments, t.push(i.size)
-
-        def op() -> None:
-            push(cache[number].selector)
-
-        return op
-
-    return build
-
-
-def pop_segment(number: int) -> Callable[[Translator, Instruction], Op]:
-    """POP Sreg."""
-
-    def build(t: Translator, i: Instruction) -> Op:
-        cpu, r, pop = t.cpu, t.r, t.pop(i.size)
-
-        def action() -> None:
-            top = r[4]
-            selector = pop() & 0xFFFF
-            try:
-                segments.load(cpu, number, selector)
-            except BaseException:
-                r[4] = top
-                raise
-            if number == SS:
-                cpu.block_interrupts()
-
-        return _then(t, i, action)
-
-    return build
-
-
-# Descriptor tables
-
-
-def _forbid_user(cpu: Cpu) -> None:
-    """SGDT, SIDT, SLDT, STR and SMSW with CR4.UMIP."""
-    if cpu.cr4 & CR4_UMIP and cpu.cpl:
-        raise Fault(GP, 0)
-
-
-def _store_table(t: Translator, i: Instruction, read: Callable[[], tuple[int, int]]) -> Op:
-    cpu, size = t.cpu, 8 if t.bits == 64 else 4
-    address = t.address(i, size + 2, write=True)
-    store_limit, store_base = t.store[2], t.store[size]
-
-    def op() -> None:
-        _forbid_user(cpu)
-        base, limit = read()
-        where = address()
-        store_base((where + 2) & cpu.mmu.linear_mask, base)
-        store_limit(where, limit)
-
-    return op
-
-
-def sgdt(t: Translator, i: Instruction) -> Op:
-    """SGDT."""
-    cpu = t.cpu
-    return _store_table(t, i, lambda: (cpu.gdt_base, cpu.gdt_limit))
-
-
-def sidt(t: Translator, i: Instruction) -> Op:
-    """SIDT."""
-    cpu = t.cpu
-    return _store_table(t, i, lambda: (cpu.idt_base, cpu.idt_limit))
-
-
-def _load_table(t: Translator, i: Instruction, write: Callable[[int, int], None]) -> Op:
-    cpu, size = t.cpu, 8 if t.bits == 64 else 4
-    address = t.address(i, size + 2, write=False)
-    load_limit, load_base = t.load[2], t.load[size]
-    base_mask = 0xFF_FFFF if i.size == 2 and t.bits != 64 else MASK[size]
-
-    def action() -> None:
-        where = address()
-        limit = load_limit(where)
-        base = load_base((where + 2) & cpu.mmu.linear_mask) & base_mask
-        if size == 8 and not cpu.mmu.canonical(base):
-            raise Fault(GP, 0)
-        write(base, limit)
-
-    return _privileged(t, i, action)
-
-
-def lgdt(t: Translator, i: Instruction) -> Op:
-    """LGDT."""
-    cpu = t.cpu
-
-    def write(base: int, limit: int) -> None:
-        cpu.gdt_base, cpu.gdt_limit = base, limit
-
-    return _load_table(t, i, write)
-
-
-def lidt(t: Translator, i: Instruction) -> Op:
-    """LIDT."""
-    cpu = t.cpu
-
-    def write(base: int, limit: int) -> None:
-        cpu.idt_base, cpu.idt_limit = base, limit
-
-    return _load_table(t, i, write)
-
-
-def sldt(t: Translator, i: Instruction) -> Op:
-    """SLDT."""
-    return _store_selector(t, i, lambda: t.cpu.ldt.selector)
-
-
-def str_(t: Translator, i: Instruction) -> Op:
-    """STR."""
-    return _store_selector(t, i, lambda: t.cpu.tr.selector)
-
-
-def _store_selector(t: Translator, i: Instruction, read: Callable[[], int]) -> Op:
-    cpu, put = t.cpu, t.put(i, i.operands[0])
-
-    def op() -> None:
-        _forbid_user(cpu)
-        put(read())
-
-    return op
-
-
-def lldt(t: Translator, i: Instruction) -> Op:
-    """LLDT."""
-    cpu, get = t.cpu, t.get(i, i.operands[0])
-
-    def action() -> None:
-        selector = get()
-        cpu.ldt = _load_system(cpu, selector, (LDT,)) if selector & SELECTOR else SegmentCache(selector)
-
-    return _privileged(t, i, action)
-
-
-def ltr(t: Translator, i: Instruction) -> Op:
-    """LTR: the TSS becomes busy, in the GDT, too."""
-    cpu, get = t.cpu, t.get(i, i.operands[0])
-
-    def action() -> None:
-        selector = get()
-        if not selector & SELECTOR:
-            raise Fault(GP, 0)
-        cache = _load_system(cpu, selector, (TSS32,) if cpu.is_long else (TSS16, TSS32))
-        address = segments.descriptor_address(cpu, selector)
-        cache.type |= 2
-        if address is not None:
-            cpu.mmu.supervisor.store[1](address + 5, cache.type | cache.dpl << 5 | 0x80)
-        cpu.tr = cache
-
-    return _privileged(t, i, action)
-
-
-def _load_system(cpu: Cpu, selector: int, types: tuple[int, ...]) -> SegmentCache:
-    """An LDT or TSS descriptor of the GDT: 8 bytes, in long mode 16."""
-    address = segments.descriptor_address(cpu, selector, 16 if cpu.is_long else 8)
-    if selector & segments.TABLE_INDICATOR or address is None:
-        raise Fault(GP, selector & SELECTOR)
-    load = cpu.mmu.supervisor.load
-    cache = segments.parse(selector, load[8](address))
-    if cache.s or cache.type not in types:
-        raise Fault(GP, selector & SELECTOR)
-    if not cache.present:
-        raise Fault(NP, selector & SELECTOR)
-    if cpu.is_long:
-        cache.base |= load[4](address + 8) << 32
-        if not cpu.mmu.canonical(cache.base):
-            raise Fault(GP, selector & SELECTOR)
-    return cache
-
-
-# Descriptor inspection
-
-LAR_SYSTEM = (TSS16, LDT, TSS16_BUSY, CALL_GATE16, TASK_GATE, TSS32, TSS32_BUSY, CALL_GATE32)
-LSL_SYSTEM = (TSS16, LDT, TSS16_BUSY, TSS32, TSS32_BUSY)
-LONG_SYSTEM = (LDT, TSS32, TSS32_BUSY, CALL_GATE32)
-
-
-def _visible(cpu: Cpu, selector: int, system: tuple[int, ...]) -> tuple[SegmentCache, int] | None:
-    """The descriptor, parsed and raw, if LAR and the like may see it at this privilege."""
-    address = segments.descriptor_address(cpu, selector)
-    if not selector & SELECTOR or address is None:
-        return None
-    raw = cpu.mmu.supervisor.load[8](address)
-    cache = segments.parse(selector, raw)
-    if not cache.s and (cache.type not in system or (cpu.is_long and cache.type not in LONG_SYSTEM)):
-        return None
-    if not cache.is_conforming and max(cpu.cpl, selector & RPL) > cache.dpl:
-        return None
-    return cache, raw
-
-
-def _set_zero(t: Translator) -> Callable[[bool], None]:
-    f = t.f
-    t.new_kind = EAGER << 2
-
-    def put(value: bool) -> None:
-        f[1] = arithmetic(f) & ~RFLAGS_ZF | (RFLAGS_ZF if value else 0)
-        f[0] = EAGER << 2
-
-    return put
-
-
-def _selector_source(i: Instruction) -> Operand:
-    operand = i.operands[-1]
-    return Operand(operand.kind, operand.number, 2)
-
-
-def lar(t: Translator, i: Instruction) -> Op:
-    """LAR: access rights."""
-    return _inspect(t, i, LAR_SYSTEM, lambda cache, raw: raw >> 32 & 0x00F0_FF00)
-
-
-def lsl(t: Translator, i: Instruction) -> Op:
-    """LSL: limit in bytes."""
-    return _inspect(t, i, LSL_SYSTEM, lambda cache, raw: cache.limit)
-
-
-def _inspect(
-    t: Translator,
-    i: Instruction,
-    system: tuple[int, ...],
-    value: Callable[[SegmentCache, int], int],
-) -> Op:
-    cpu, get, put = t.cpu, t.get(i, _selector_source(i)), t.put(i, i.operands[0])
-    set_zero, mask = _set_zero(t), MASK[i.size]
-
-    def op() -> None:
-        found = _visible(cpu, get(), system)
-        if found is not None:
-            put(value(*found) & mask)
-        set_zero(found is not None)
-
-    return op
-
-
-def verr(t: Translator, i: Instruction) -> Op:
-    """VERR: whether a segment can be read."""
-    return _verify(t, i, lambda cache: cache.is_readable)
-
-
-def verw(t: Translator, i: Instruction) -> Op:
-    """VERW: whether a segment can be written."""
-    return _verify(t, i, lambda cache: cache.is_writable)
-
-
-def _verify(t: Translator, i: Instruction, check: Callable[[SegmentCache], bool]) -> Op:
-    cpu, get, set_zero = t.cpu, t.get(i, _selector_source(i)), _set_zero(t)
-
-    def op() -> None:
-        found = _visible(cpu, get(), ())
-        set_zero(found is not None and check(found[0]))
-
-    return op
-
-
-def arpl(t: Translator, i: Instruction) -> Op:
-    """ARPL: raise the RPL of a selector to that of another."""
-    get, put = t.modify(i, i.operands[0])
-    source, set_zero = t.get(i, i.operands[1]), _set_zero(t)
-
-    def op() -> None:
-        value, wanted = get(), source() & RPL
-        lower = value & RPL < wanted
-        put(value & ~RPL | wanted if lower else value)
-        set_zero(lower)
-
-    return op
+    return privileged(t, i, action)
 
 
 # Control and debug registers
@@ -499,7 +153,7 @@ def mov_to_control(t: Translator, i: Instruction) -> Op:
     if setter is None:
         raise Fault(UD)
     put = setter
-    return _privileged(t, i, lambda: put(get()))
+    return privileged(t, i, lambda: put(get()))
 
 
 def _debug_number(cpu: Cpu, number: int) -> int:
@@ -546,7 +200,7 @@ def mov_to_debug(t: Translator, i: Instruction) -> Op:
         else:
             cpu.dr7 = value | DR7_FIXED
 
-    return _privileged(t, i, action)
+    return privileged(t, i, action)
 
 
 def smsw(t: Translator, i: Instruction) -> Op:
@@ -555,7 +209,7 @@ def smsw(t: Translator, i: Instruction) -> Op:
     put, mask = t.put(i, dst), MASK[dst.size]
 
     def op() -> None:
-        _forbid_user(cpu)
+        cpu.forbid_user()
         put(cpu.cr0 & mask)
 
     return op
@@ -569,7 +223,7 @@ def lmsw(t: Translator, i: Instruction) -> Op:
         value = get() & CR0_LOW | cpu.cr0 & 1
         cpu.set_cr0(cpu.cr0 & ~CR0_LOW | value)
 
-    return _privileged(t, i, action)
+    return privileged(t, i, action)
 
 
 def clts(t: Translator, i: Instruction) -> Op:
@@ -579,17 +233,17 @@ def clts(t: Translator, i: Instruction) -> Op:
     def action() -> None:
         cpu.cr0 &= ~CR0_TS
 
-    return _privileged(t, i, action)
+    return privileged(t, i, action)
 
 
 def invlpg(t: Translator, i: Instruction) -> Op:
     """INVLPG: all translations go, which is more than needed and allowed."""
-    return _privileged(t, i, t.cpu.mmu.flush)
+    return privileged(t, i, t.cpu.mmu.flush)
 
 
 def wbinvd(t: Translator, i: Instruction) -> Op:
     """WBINVD, INVD: there is no cache."""
-    return _privileged(t, i, lambda: None)
+    return privileged(t, i, lambda: None)
 
 
 # MSRs, CPUID, time
@@ -602,13 +256,13 @@ def _put_pair(r: list[int], value: int) -> None:
 def rdmsr(t: Translator, i: Instruction) -> Op:
     """RDMSR."""
     cpu, r = t.cpu, t.r
-    return _privileged(t, i, lambda: _put_pair(r, msr.read(cpu, r[RCX] & M32)))
+    return privileged(t, i, lambda: _put_pair(r, msr.read(cpu, r[RCX] & M32)))
 
 
 def wrmsr(t: Translator, i: Instruction) -> Op:
     """WRMSR."""
     cpu, r = t.cpu, t.r
-    return _privileged(t, i, lambda: msr.write(cpu, r[RCX] & M32, r[RAX] & M32 | (r[RDX] & M32) << 32))
+    return privileged(t, i, lambda: msr.write(cpu, r[RCX] & M32, r[RAX] & M32 | (r[RDX] & M32) << 32))
 
 
 def rdtsc(t: Translator, i: Instruction) -> Op:
@@ -664,7 +318,7 @@ def swapgs(t: Translator, i: Instruction) -> Op:
         msr.set_segment_base(cpu, GS, cpu.msrs.kernel_gs_base)
         cpu.msrs.kernel_gs_base = base
 
-    return _privileged(t, i, action)
+    return privileged(t, i, action)
 
 
 def segment_base(t: Translator, i: Instruction) -> Op:
@@ -681,4 +335,4 @@ def segment_base(t: Translator, i: Instruction) -> Op:
         else:
             msr.set_segment_base(cpu, number, get())
 
-    return _then(t, i, action)
+    return then(t, i, action)

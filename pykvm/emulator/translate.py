@@ -290,3 +290,26 @@ class Translator:
         """The linear address of ES:rDI."""
         r, mask = self.r, MASK[i.address_size]
         return self.linear(ES, lambda: r[RDI] & mask, size, write=write)
+
+
+def then(t: Translator, i: Instruction, action: Callable[[], None]) -> Op:
+    """`action`, then on to the next instruction: for what ends a block without being a jump."""
+    r, following = t.r, i.next
+
+    def op() -> None:
+        action()
+        r[RIP] = following
+
+    return op
+
+
+def privileged(t: Translator, i: Instruction, action: Callable[[], None]) -> Op:
+    """As `then`, at privilege 0 only."""
+    cpu, r, following = t.cpu, t.r, i.next
+
+    def op() -> None:
+        cpu.require_cpl0()
+        action()
+        r[RIP] = following
+
+    return op
