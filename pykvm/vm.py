@@ -23,7 +23,7 @@ from _thread import start_new_thread
 
 from pykvm.backends import choose
 from pykvm.bus import Attachment, Bus
-from pykvm.errors import ConfigurationError
+from pykvm.errors import ConfigurationError, MemoryInUseError
 from pykvm.exits import Debug, EmulationFailure, Interrupted, Shutdown, Stopped, Unhandled
 from pykvm.layout import HOLE_END, HOLE_START
 from pykvm.memory import Memory, parse_size
@@ -492,7 +492,12 @@ class VM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except MemoryInUseError:
+            # The frames that `error` went through may hold views; they give them up together with it.
+            if error is None:
+                raise
 
     def __repr__(self) -> str:
         size = sum(slot.size for slot in self.memory)
