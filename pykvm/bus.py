@@ -75,8 +75,10 @@ class Attachment(Value):
     size: int
 
     # An attachment is that range on that bus, not a description of it.
-    __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     @property
     def end(self) -> int:

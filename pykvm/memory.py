@@ -94,8 +94,10 @@ class Slot(Value):
         return self.address + self.size
 
     # A slot is that piece of memory, not a description of it.
-    __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def __repr__(self) -> str:
         return f"<{self}>"

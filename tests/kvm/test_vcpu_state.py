@@ -30,7 +30,8 @@ KVM_CAP = Callable[..., None]
 
 
 def test_general_registers_come_back_as_they_were_set(machine: Machine) -> None:
-    value = Registers(*range(0x1_0000_0000, 0x1_0000_0010), CODE, RFLAGS_FIXED | RFLAGS_IF)
+    general = range(0x1_0000_0000, 0x1_0000_0010)
+    value = Registers(*[*general, CODE, RFLAGS_FIXED | RFLAGS_IF])
     machine.vcpu.set_regs(value)
     machine.vcpu.get_fpu()  # an ioctl, before which synchronised registers are handed over
     assert machine.vcpu.get_regs() == value
