@@ -252,9 +252,9 @@ def _run(options: SimpleNamespace) -> Exit:
             command_line=options.append,
             modules=modules,
         )
-        if options.stats:
-            vm.measure_time()
         with Console(pc.serial, lambda: vm.stop(0, "leave")):
+            if options.stats:
+                vm.measure_time()
             exit = vm.run(options.timeout)
         if options.stats:
             _print_statistics(vm)
