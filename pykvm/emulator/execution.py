@@ -215,9 +215,9 @@ class Execution:
         """Deliver an interrupt if one is due and allowed; bring the limit down to the next one."""
         cpu, clock, chipset = self.cpu, self.cpu.clock, self.chipset
         due = chipset.advance() if chipset is not None else None
-        wanted = cpu.nmi_pending or (cpu.injected is not None)
-        if chipset is not None and chipset.pending() and cpu.eflags & RFLAGS_IF:
-            wanted = True
+        nmi = cpu.nmi_pending and not cpu.nmi_masked
+        line = chipset is not None and chipset.pending() and bool(cpu.eflags & RFLAGS_IF)
+        wanted = nmi or line or cpu.injected is not None
         if wanted and clock.count < cpu.shadow_until and not cpu.halted:
             clock.limit = cpu.shadow_until
             return
@@ -229,10 +229,10 @@ class Execution:
         if cpu.injected is not None:
             vector, cpu.injected = cpu.injected, None
             raise_interrupt(cpu, vector)
-        elif cpu.nmi_pending and not cpu.nmi_masked:
+        elif nmi:
             cpu.nmi_pending, cpu.nmi_masked = False, True
             raise_interrupt(cpu, NMI)
-        elif chipset is not None and chipset.pending() and cpu.eflags & RFLAGS_IF:
+        elif chipset is not None:
             raise_interrupt(cpu, chipset.acknowledge())
 
     def _wait(self, chipset: Chipset) -> None:

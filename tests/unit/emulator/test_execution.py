@@ -11,6 +11,7 @@ import pytest
 from pykvm.emulator.backend import EmulatorBackend
 from pykvm.errors import ConfigurationError
 from pykvm.exits import Debug, Halt, Interrupted, Shutdown
+from pykvm.state import VcpuEvents
 from tests.unit.emulator.guest import Bus, Guest, Region
 
 HLT = b"\xf4"
@@ -157,6 +158,21 @@ def test_sti_holds_interrupts_back_for_one_instruction(timer_guest: Guest) -> No
     guest.resume()
 
     assert guest.registers.rbx == 1
+
+
+def test_nmi_is_masked_until_iret(guest: Guest) -> None:
+    guest.long()
+    guest.gate64(2, HANDLER)
+    guest.load(bytes.fromhex("ff c3 f4 48 cf"), HANDLER)  # inc ebx; hlt; iretq
+    guest.vcpu.set_events(VcpuEvents(nmi_pending=1))
+
+    first = guest.run(bytes.fromhex("f4"))
+    guest.vcpu.set_events(VcpuEvents(nmi_pending=1, nmi_masked=1))
+    second = guest.resume()
+
+    assert (first, second) == (Halt(0), Halt(0))
+    assert guest.registers.rbx == 2
+    assert guest.registers.rip == HANDLER + 3  # the second one came after iretq
 
 
 def test_another_thread_wakes_a_halted_processor(timer_guest: Guest) -> None:
