@@ -104,9 +104,9 @@ def _command(arguments: list[str]) -> int:
             print(HELP, end="")
             return 0
         case ["--version"]:
-            from pykvm import __version__
+            import pykvm
 
-            print(f"pykvm {__version__}")
+            print(f"pykvm {pykvm.__version__}")
             return 0
         case []:
             raise UsageError("say what to do: boot or doctor")
