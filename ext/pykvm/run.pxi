@@ -14,6 +14,8 @@ cdef extern from * nogil:
     """
     #include <errno.h>
     #include <signal.h>
+    #include <stdint.h>
+    #include <string.h>
     #include <sys/syscall.h>
     #include <time.h>
     #include <unistd.h>
@@ -58,6 +60,26 @@ cdef extern from * nogil:
         clock_gettime(CLOCK_MONOTONIC, &t);
         return (unsigned long long)t.tv_sec * 1000000000ULL + t.tv_nsec;
     }
+    /* Values of 1 to 8 bytes, little-endian. Each exit moves one or two: the usual sizes without a call. */
+    static inline uint64_t pykvm_get(const void *data, uint32_t size)
+    {
+        uint64_t value = 0;
+        switch (size) {
+        case 1: return *(const uint8_t *)data;
+        case 2: { uint16_t v; memcpy(&v, data, 2); return v; }
+        case 4: { uint32_t v; memcpy(&v, data, 4); return v; }
+        default: memcpy(&value, data, size <= 8 ? size : 8); return value;
+        }
+    }
+    static inline void pykvm_put(void *data, uint32_t size, uint64_t value)
+    {
+        switch (size) {
+        case 1: memcpy(data, &value, 1); break;
+        case 2: memcpy(data, &value, 2); break;
+        case 4: memcpy(data, &value, 4); break;
+        default: memcpy(data, &value, size <= 8 ? size : 8);
+        }
+    }
     /* Entries of the dirty ring change hands between KVM and us (KVM API 8.29). */
     #define pykvm_load_acquire(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
     #define pykvm_store_release(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
@@ -71,6 +93,8 @@ cdef extern from * nogil:
     int pykvm_timer_set(timer_t timer, long ns)
     int timer_delete(timer_t timer)
     uint64_t pykvm_now_ns()
+    uint64_t pykvm_get(const void *data, uint32_t size)
+    void pykvm_put(void *data, uint32_t size, uint64_t value)
     uint32_t pykvm_load_acquire(uint32_t *p)
     void pykvm_store_release(uint32_t *p, uint32_t value)
 
@@ -320,13 +344,13 @@ cdef class Vcpu(VcpuState):
             recent.count = page.io.count
             recent.write = page.io.direction == KVM_EXIT_IO_OUT
             if recent.write:
-                memcpy(&recent.value, <char *>page + page.io.data_offset, page.io.size)
+                recent.value = pykvm_get(<char *>page + page.io.data_offset, page.io.size)
         elif page.exit_reason == KVM_EXIT_MMIO:
             recent.address = page.mmio.phys_addr
             recent.size = page.mmio.len
             recent.write = page.mmio.is_write
             if recent.write:
-                memcpy(&recent.value, page.mmio.data, page.mmio.len)
+                recent.value = pykvm_get(page.mmio.data, page.mmio.len)
 
     cdef bint serve_io(self, ServedRanges served) noexcept nogil:
         """Have a C device do this port access. String I/O may stop midway: pending_index says where."""
@@ -342,13 +366,12 @@ cdef class Vcpu(VcpuState):
             value = 0
             # SAFETY: `served` is held by the caller and keeps the device alive.
             if page.io.direction == KVM_EXIT_IO_OUT:
-                memcpy(&value, data, size)
-                if (<CDevice>found.device).c_write(page.io.port - found.first, size, value) != 0:
+                if (<CDevice>found.device).c_write(page.io.port - found.first, size, pykvm_get(data, size)) != 0:
                     return False
             else:
                 if (<CDevice>found.device).c_read(page.io.port - found.first, size, &value) != 0:
                     return False
-                memcpy(data, &value, size)
+                pykvm_put(data, size, value)
             self.pending_index += 1
         return True
 
@@ -361,11 +384,11 @@ cdef class Vcpu(VcpuState):
             return False
         # SAFETY: `served` is held by the caller and keeps the device alive.
         if page.mmio.is_write:
-            memcpy(&value, page.mmio.data, page.mmio.len)
+            value = pykvm_get(page.mmio.data, page.mmio.len)
             return (<CDevice>found.device).c_write(page.mmio.phys_addr - found.first, page.mmio.len, value) == 0
         if (<CDevice>found.device).c_read(page.mmio.phys_addr - found.first, page.mmio.len, &value) != 0:
             return False
-        memcpy(page.mmio.data, &value, 8)
+        pykvm_put(page.mmio.data, 8, value)
         return True
 
     cdef object answer(self, io):
@@ -384,25 +407,20 @@ cdef class Vcpu(VcpuState):
         """Have Python do the access of this exit. If it raises, pending_index says how far it got."""
         cdef kvm_run *page = self.page
         cdef uint32_t size
-        cdef uint64_t value = 0
         cdef char *data
         if page.exit_reason == KVM_EXIT_MMIO:
             if page.mmio.is_write:
-                memcpy(&value, page.mmio.data, page.mmio.len)
-                io.mmio_write(page.mmio.phys_addr, page.mmio.len, value)
+                io.mmio_write(page.mmio.phys_addr, page.mmio.len, pykvm_get(page.mmio.data, page.mmio.len))
             else:
-                value = io.mmio_read(page.mmio.phys_addr, page.mmio.len)
-                memcpy(page.mmio.data, &value, 8)
+                pykvm_put(page.mmio.data, 8, io.mmio_read(page.mmio.phys_addr, page.mmio.len))
             return 0
         size = page.io.size
         while self.pending_index < page.io.count:
             data = <char *>page + page.io.data_offset + self.pending_index * size
             if page.io.direction == KVM_EXIT_IO_OUT:
-                memcpy(&value, data, size)
-                io.port_write(page.io.port, size, value)
+                io.port_write(page.io.port, size, pykvm_get(data, size))
             else:
-                value = io.port_read(page.io.port, size)
-                memcpy(data, &value, size)
+                pykvm_put(data, size, io.port_read(page.io.port, size))
             self.pending_index += 1
         return 0
 

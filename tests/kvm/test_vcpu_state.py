@@ -297,7 +297,7 @@ def test_a_guest_with_kvmclock_is_told_of_a_pause(machine: Machine, need: KVM_CA
     assert flags & 2  # PVCLOCK_GUEST_STOPPED
 
 
-def test_a_signal_in_the_mask_does_not_end_the_wait_in_the_guest(machine: Machine) -> None:
+def test_the_signal_mask_of_the_guest_can_be_set_and_taken_back(machine: Machine) -> None:
     machine.vcpu.set_signal_mask({signal.SIGUSR1})
     machine.vcpu.set_signal_mask(None)
     assert machine.run(HLT) == Halt()

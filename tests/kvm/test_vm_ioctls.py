@@ -346,9 +346,7 @@ def test_an_eventfd_routed_to_an_msi_wakes_the_guest(listening: Machine, eventfd
     assert is_signalled(eventfd)  # nobody in the kernel takes it any more
 
 
-def test_an_eventfd_can_be_signalled_when_the_guest_acknowledges(
-    listening: Machine, eventfd: int, need: Need
-) -> None:
+def test_a_line_that_resamples_can_be_made_and_undone(listening: Machine, eventfd: int, need: Need) -> None:
     need("KVM_CAP_IRQFD_RESAMPLE")
     resample = os.eventfd(0, os.EFD_NONBLOCK)
     listening.vm.irqfd(eventfd, 5, structs.KVM_IRQFD_FLAG_RESAMPLE, resample)
