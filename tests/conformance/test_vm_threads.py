@@ -407,6 +407,31 @@ def test_a_signal_handler_may_stop_the_machine(vm: VM) -> None:
     assert exit == Stopped(0, 14, "alarm")
 
 
+def test_ctrl_c_at_any_line_leaves_a_usable_machine(vm: VM) -> None:
+    vm.load(b"\xf4\xeb\xfd")  # 1: hlt; jmp 1b
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGALRM: press_ctrl_c}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    for number in range(200):
+        with pytest.raises(KeyboardInterrupt):
+            run_on_and_on(vm, interrupt_after=0.0002 + number * 1e-5)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+    assert vm.run(timeout=LIMIT) == Halt(0)
+
+
+def press_ctrl_c(number: int, frame: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def run_on_and_on(vm: VM, *, interrupt_after: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, interrupt_after)
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        vm.run(timeout=LIMIT)
+
+
 # asyncio
 
 
