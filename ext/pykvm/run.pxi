@@ -102,6 +102,7 @@ cdef enum:
     FIRST_TICK_NS = 1_000_000
     LAST_TICK_NS = 32_000_000
     DR6_BS = 1 << 14  # a single step was done (SDM volume 3, 17.2.3)
+    MAX_PARTS = 1024  # of an access that is abandoned: a guest may ask for a string of 2**64 elements
     FORGET_SYNC_AFTER = 64  # exits without a look at the registers, after which KVM stops storing them
 
 
@@ -431,12 +432,14 @@ cdef class Vcpu(VcpuState):
             return 0
         self.pending = False
         page.immediate_exit = 1  # completes the access and enters no guest (KVM API 5, "immediate_exit")
-        while page.exit_reason == KVM_EXIT_IO or page.exit_reason == KVM_EXIT_MMIO:
+        for _ in range(MAX_PARTS):
             if page.exit_reason == KVM_EXIT_IO and page.io.direction == KVM_EXIT_IO_IN:
                 memset(<char *>page + page.io.data_offset, 0xFF, page.io.size * page.io.count)
             elif page.exit_reason == KVM_EXIT_MMIO and not page.mmio.is_write:
                 memset(page.mmio.data, 0xFF, 8)
-            if ioctl(self.fd, KVM_RUN, 0) < 0:  # 0: a second part, as of an access across pages
+            elif page.exit_reason != KVM_EXIT_IO and page.exit_reason != KVM_EXIT_MMIO:
+                break
+            if ioctl(self.fd, KVM_RUN, 0) < 0:  # 0: another part, as of a string, or of an access across pages
                 break
         page.immediate_exit = self.kicked
         self.fresh = 0

@@ -192,6 +192,16 @@ def test_setting_registers_abandons_the_access_that_raised(
     assert machine.vcpu.get_regs().rax == 5
 
 
+def test_a_string_without_end_can_be_abandoned_too(machine: Machine) -> None:
+    # cld; mov ecx, -1; a32 rep insb
+    machine.load(b"\xfc\x66\xb9\xff\xff\xff\xff\x67\xf3\x6c" + HLT, rdi=0)
+    with pytest.raises(Refusal):
+        machine.vcpu.run(Refusing(0))
+    machine.load(HLT, rbx=4)
+    assert machine.vcpu.run(Recorder()) == Halt()
+    assert machine.vcpu.get_regs().rbx == 4
+
+
 def test_a_value_that_is_no_unsigned_integer_is_an_error_and_the_read_is_offered_again(
     machine: Machine,
 ) -> None:
