@@ -241,7 +241,8 @@ def iret(cpu: Cpu, size: int) -> None:
             stack.commit()
             cpu.set_segment(CS, cache)
     cpu.r[RIP] = offset
-    cpu.set_flags(flags, mask)
+    # RF lasts for one instruction and only holds back instruction breakpoints, which there are none of.
+    cpu.set_flags(flags & ~RFLAGS_RF, mask)
     cpu.nmi_masked = False
     cpu.recheck()
 
