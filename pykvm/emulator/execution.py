@@ -9,6 +9,7 @@ noticed within `SLICE` instructions.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 from pykvm.emulator.blocks import Block
 from pykvm.emulator.cpu import Cpu
@@ -42,7 +43,9 @@ class Execution:
         self.breakpoints: frozenset[int] = frozenset()
         self._kicked = False
         self._call: Callable[[], None] | None = None
-        self._wake = threading.Event()
+        # Unlocked: there is something to look at. A bare lock, because a signal handler that interrupts
+        # the code of an Event and sets it would wait for itself.
+        self._wake = threading.Lock()
 
     def kick(self) -> None:
         """End the current or else the next run. Any thread may call this."""
@@ -67,7 +70,8 @@ class Execution:
     def attend(self) -> None:
         """Look at kicks and interrupt lines soon. Any thread may call this."""
         self.cpu.clock.limit = 0
-        self._wake.set()
+        with suppress(RuntimeError):  # it was unlocked already
+            self._wake.release()
 
     # Running
 
@@ -194,7 +198,7 @@ class Execution:
         """Kicks, the timer, interrupts, HLT and single-stepping. Sets the next limit."""
         cpu, clock = self.cpu, self.cpu.clock
         while True:
-            self._wake.clear()
+            self._wake.acquire(blocking=False)
             self.call_held()
             if self._kicked:
                 self._kicked = False
@@ -243,7 +247,7 @@ class Execution:
             clock.skipped = max(clock.skipped, event - clock.count)
             chipset.advance()
         if not chipset.pending():
-            self._wake.wait(HALT_WAIT if event is None else 0)
+            self._wake.acquire(timeout=HALT_WAIT if event is None else 0)
 
     def _single_step(self) -> None:
         """With RFLAGS.TF: one instruction, then its #DB, unless it entered a handler."""
