@@ -11,6 +11,8 @@ Rules
 - A device has one lock, however many ranges it has and on whichever buses, and the bus holds it
   during each call. So device code needs no locks of its own, unless it is also called from outside
   (a serial port that receives input).
+- A backend may take over ranges (`on_change`) and call the devices itself, by the same rules: that saves
+  the way through here. The others, and everything while the bus is traced, come to `read` and `write`.
 - The lock is re-entrant: a device may, from within a call, raise an interrupt, stop the machine or
   access its own registers through the bus.
 
@@ -39,13 +41,16 @@ from pykvm.values import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from pykvm.interfaces import Device
 
+    DeviceLock = AbstractContextManager[object]
     Trace = Callable[[str, int, int, int], None]
-    ReadEntry = tuple[int, int, Callable[[int, int], int], RLock]
-    WriteEntry = tuple[int, int, Callable[[int, int, int], None], RLock]
+    ReadEntry = tuple[int, int, Callable[[int, int], int], DeviceLock]
+    WriteEntry = tuple[int, int, Callable[[int, int, int], None], DeviceLock]
+    Served = Sequence[tuple["Attachment", DeviceLock]]
 
 __all__ = ["Attachment", "Bus", "Unclaimed", "all_ones"]
 
@@ -53,7 +58,7 @@ _MASKS = {size: (1 << (8 * size)) - 1 for size in range(1, 9)}
 
 # The lock of each attached device, by identity. An entry lives as long as a range or a call under way
 # holds the lock, and both hold the device too: an id in here cannot belong to another object.
-_device_locks: WeakValueDictionary[int, RLock] = WeakValueDictionary()
+_device_locks: WeakValueDictionary[int, DeviceLock] = WeakValueDictionary()
 _device_locks_guard = Lock()
 
 
@@ -62,9 +67,12 @@ def all_ones(size: int) -> int:
     return (1 << (8 * size)) - 1
 
 
-def _lock_of(device: Device) -> RLock:
+def _lock_of(device: Device, new_lock: Callable[[], DeviceLock]) -> DeviceLock:
     with _device_locks_guard:
-        return _device_locks.setdefault(id(device), RLock())
+        lock = _device_locks.get(id(device))
+        if lock is None:
+            lock = _device_locks[id(device)] = new_lock()
+        return lock
 
 
 class Attachment(Value):
@@ -134,21 +142,19 @@ class _Table:
 
     __slots__ = ("attachments", "last_read", "last_write", "readers", "starts", "writers")
 
-    def __init__(self, attachments: tuple[Attachment, ...], trace: Trace | None) -> None:
-        self.attachments = attachments
-        self.starts = [attachment.address for attachment in attachments]
+    def __init__(self, served: Served, trace: Trace | None) -> None:
+        self.attachments = tuple([attachment for attachment, _ in served])
+        self.starts = [attachment.address for attachment in self.attachments]
         self.readers: list[ReadEntry] = []
         self.writers: list[WriteEntry] = []
-        for attachment in attachments:
+        for attachment, lock in served:
             device, start, size = attachment.device, attachment.address, attachment.size
-            lock = _lock_of(device)
             read = device.read if trace is None else _traced_read(attachment, trace)
             write = device.write if trace is None else _traced_write(attachment, trace)
             self.readers.append((start, size, read, lock))
             self.writers.append((start, size, write, lock))
-        # Entries that match nothing: their range is empty.
-        self.last_read: ReadEntry = (0, 0, _no_read, RLock())
-        self.last_write: WriteEntry = (0, 0, _no_write, RLock())
+        self.last_read = _NO_READ
+        self.last_write = _NO_WRITE
 
     def position(self, address: int) -> int:
         """The index of the last range that starts at or before `address`, or -1."""
@@ -166,17 +172,30 @@ class Bus:
     """Device ranges in one address space of `limit` addresses (0x10000 ports, or 2**52 bytes).
 
     `name` is for messages (``"port"``, ``"mmio"``). `read` and `write` may be called from any thread.
+
+    `on_change` is called with the ranges that its receiver may serve from then on, by address, each with the
+    lock to hold during a call: all of them, or none while the bus is traced. `new_lock` makes the re-entrant
+    lock of a device that has none yet.
     """
 
-    __slots__ = ("_guard", "_table", "_trace", "limit", "name", "unclaimed")
+    __slots__ = ("_guard", "_new_lock", "_on_change", "_table", "_trace", "limit", "name", "unclaimed")
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        limit: int,
+        *,
+        on_change: Callable[[Served], object] | None = None,
+        new_lock: Callable[[], DeviceLock] = RLock,
+    ) -> None:
         self.name = name
         self.limit = limit
         self.unclaimed = Unclaimed()
+        self._on_change = on_change
+        self._new_lock = new_lock
         self._guard = Lock()  # held while the table is replaced, never while a device runs
         self._trace: Trace | None = None
-        self._table = _Table((), None)
+        self._table = _Table([], None)
 
     def read(self, address: int, size: int) -> int:
         """Read `size` (1 to 8) bytes. Unclaimed: all ones. A device's exception passes through.
@@ -243,7 +262,7 @@ class Bus:
                 if address < neighbour.end and neighbour.address < new.end:
                     raise BusError(f"{self.name}: {new} overlaps {neighbour}")
             before, after = table.attachments[:following], table.attachments[following:]
-            self._table = _Table((*before, new, *after), self._trace)
+            self._publish((*before, new, *after))
         return new
 
     def detach(self, what: Attachment | Device) -> None:
@@ -254,7 +273,7 @@ class Bus:
             if len(kept) == len(attached):
                 name = what if isinstance(what, Attachment) else type(what).__name__
                 raise BusError(f"{self.name}: {name} is not attached")
-            self._table = _Table(kept, self._trace)
+            self._publish(kept)
 
     def find(self, address: int) -> Attachment | None:
         """The range that holds `address`."""
@@ -279,7 +298,14 @@ class Bus:
     def trace(self, trace: Trace | None) -> None:
         with self._guard:
             self._trace = trace
-            self._table = _Table(self._table.attachments, trace)
+            self._publish(self._table.attachments)
+
+    def _publish(self, attachments: tuple[Attachment, ...]) -> None:
+        """Replace the table, with `_guard` held."""
+        served = [(attachment, _lock_of(attachment.device, self._new_lock)) for attachment in attachments]
+        self._table = _Table(served, self._trace)
+        if self._on_change is not None:
+            self._on_change(served if self._trace is None else [])
 
     def _read_unclaimed(self, address: int, size: int) -> int:
         value = _MASKS[size]
@@ -333,3 +359,8 @@ def _no_read(offset: int, size: int) -> int:
 
 def _no_write(offset: int, size: int, value: int) -> None:
     raise AssertionError("the empty range was written")
+
+
+# What was hit last before anything was: entries that match nothing, since their range is empty.
+_NO_READ: ReadEntry = (0, 0, _no_read, RLock())
+_NO_WRITE: WriteEntry = (0, 0, _no_write, RLock())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
     from typing_extensions import Buffer
 
+    from pykvm.bus import DeviceLock, Served
     from pykvm.exits import Exit
     from pykvm.registers import Registers, SystemRegisters
     from pykvm.state import DebugRegisters, FpuState, VcpuEvents
@@ -154,14 +155,14 @@ class Machine(Protocol):
     def devices(self) -> Sequence[tuple[Device, int, int]]:
         """Devices of the backend's own that belong on the port bus: (device, port, size)."""
 
-    def serve(self, space: str, address: int, size: int, device: Device) -> bool:
-        """Offer a device (`space` is "port" or "mmio") to be served inside the backend.
+    def serve(self, space: str, entries: Served) -> None:
+        """Offer the devices of a bus (`space` is "port" or "mmio"), in place of all that it offered before.
 
-        True if the backend takes it: its accesses then do not come through `IO`.
+        The backend may call them itself, by the rules of `pykvm.bus`; what it leaves comes through `IO`.
         """
 
-    def unserve(self, device: Device) -> None:
-        """Serve the device no more."""
+    def new_lock(self) -> DeviceLock:
+        """A re-entrant lock for a device, of the kind that this backend takes fastest."""
 
     def close(self) -> None: ...
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from _thread import start_new_thread
+from functools import partial
 
 from pykvm.backends import choose
 from pykvm.bus import Attachment, Bus
@@ -96,8 +97,11 @@ class VM:
         if not 1 <= cpus <= MAX_CPUS:
             raise ConfigurationError(f"{cpus} processors: from 1 to {MAX_CPUS} are possible")
         self.backend, self.fallback_reason = choose(backend)
-        self.ports = Bus("port", PORTS)
-        self.mmio = Bus("mmio", PHYSICAL_ADDRESSES)
+        self.machine = machine = self.backend.machine(irqchip=irqchip, cpus=cpus)
+        self.ports = Bus("port", PORTS, on_change=partial(machine.serve, "port"), new_lock=machine.new_lock)
+        self.mmio = Bus(
+            "mmio", PHYSICAL_ADDRESSES, on_change=partial(machine.serve, "mmio"), new_lock=machine.new_lock
+        )
         # The VM is the IO that its processors run against.
         self.port_read, self.port_write = self.ports.read, self.ports.write
         self.mmio_read, self.mmio_write = self.mmio.read, self.mmio.write
@@ -110,7 +114,6 @@ class VM:
         self._ending: Exit | None = None  # why it ends, or the next one will
         self._paused = False
         self._closed = False
-        self.machine = self.backend.machine(irqchip=irqchip, cpus=cpus)
         self.memory = Memory(on_add=self._map, on_remove=self._unmap)
         try:
             if memory != 0:
@@ -147,15 +150,12 @@ class VM:
         """
         if (port is None) == (address is None):
             raise ConfigurationError("attach a device at either port= or address=")
-        space, bus, start = ("port", self.ports, port) if port is not None else ("mmio", self.mmio, address)
+        bus, start = (self.ports, port) if port is not None else (self.mmio, address)
         assert start is not None
-        attachment = bus.attach(device, start, size)
-        self.machine.serve(space, start, size, device)
-        return attachment
+        return bus.attach(device, start, size)
 
     def detach(self, what: Attachment | Device) -> None:
         """Remove one range, or a device from both buses. Raises BusError if it is on neither."""
-        self.machine.unserve(what.device if isinstance(what, Attachment) else what)
         on = [
             bus for bus in (self.ports, self.mmio) if any(what is each or what is each.device for each in bus)
         ]

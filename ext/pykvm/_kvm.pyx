@@ -186,6 +186,7 @@ cdef class Block:
 
 include "convert.pxi"
 include "system.pxi"
+include "devices.pxi"
 include "vm.pxi"
 include "vcpu.pxi"
 include "run.pxi"

@@ -24,8 +24,8 @@ cdef extern from * nogil:
     #endif
 
     /* The kick signal's handler. That KVM_RUN returns EINTR is what the signal is for; the flag is for the case
-       that the thread was not in KVM_RUN but in a C device. */
-    static __thread volatile sig_atomic_t pykvm_signalled;
+       that the thread was not in KVM_RUN but in a C device. initial-exec: no call to find it, after each exit. */
+    static __thread volatile sig_atomic_t pykvm_signalled __attribute__((tls_model("initial-exec")));
     static void pykvm_handler(int signal_number) { (void)signal_number; pykvm_signalled = 1; }
 
     /* A number for this thread that no other ever gets, unlike pthread_t. Call with the GIL. */
@@ -122,9 +122,10 @@ install_kick_handler()
 
 @cython.internal
 cdef class Ticker:
-    """Interrupts a thread in KVM_RUN now and then, ever more rarely, for what would not end it by itself:
+    """Interrupts a thread in KVM_RUN now and then, for what would not end it by itself:
 
-    - With the local APIC in KVM a HLT does not return to us, and one with interrupts off never would.
+    - With the local APIC in KVM a HLT does not return to us, and one with interrupts off never would: soon, then
+      ever more rarely.
     - A signal for Python (Ctrl-C) that arrives just before KVM_RUN has been handled in C by then, and Python's
       share of it would wait for the next exit.
     """
@@ -141,8 +142,8 @@ cdef class Ticker:
         if self.thread != 0:
             timer_delete(self.timer)
 
-    cdef void start(self) noexcept:
-        self.interval = FIRST_TICK_NS
+    cdef void start(self, long interval) noexcept:
+        self.interval = interval
         pykvm_timer_set(self.timer, self.interval)
 
     cdef void slow_down(self) noexcept:
@@ -168,6 +169,7 @@ cdef struct Recent:
     uint8_t write
 
 
+@cython.final
 cdef class Vcpu(VcpuState):
     """A vCPU descriptor, and the loop that runs it. Made by `Vm.create_vcpu`.
 
@@ -256,7 +258,7 @@ cdef class Vcpu(VcpuState):
             if self.spare_ticker is None or self.spare_ticker.thread != pykvm_this_thread():
                 self.spare_ticker = Ticker()
             self.ticker = self.spare_ticker
-            self.ticker.start()
+            self.ticker.start(FIRST_TICK_NS if self.vm.halts_in_kernel else LAST_TICK_NS)
         self.parked_since = 0
         self.thread = pthread_self()
         self.running = True
@@ -273,13 +275,13 @@ cdef class Vcpu(VcpuState):
 
     cdef object loop(self, io):
         """Enter the guest and answer its accesses, until there is something to return."""
-        cdef ServedRanges served
+        cdef Ranges ports, mmio
         cdef int rc = 0
         while True:
             if not self.pending:  # else a device raised in the last run
-                served = self.vm.served
+                ports, mmio = self.vm.ports, self.vm.mmio
                 with nogil:
-                    rc = self.enter(served)
+                    rc = self.enter(ports, mmio)
                 # gil: everything from here on is for Python's eyes
                 self.pending = rc == 0
             if self.vm.coalesced_offset != 0:
@@ -295,7 +297,7 @@ cdef class Vcpu(VcpuState):
             if result is not None:
                 return result
 
-    cdef int enter(self, ServedRanges served) noexcept nogil:
+    cdef int enter(self, Ranges ports, Ranges mmio) noexcept nogil:
         """KVM_RUN until an exit that Python has to see: 0, or -errno."""
         cdef kvm_run *page = self.page
         cdef uint64_t before = 0
@@ -319,10 +321,10 @@ cdef class Vcpu(VcpuState):
             self.count()
             self.pending_index = 0
             if page.exit_reason == KVM_EXIT_IO:
-                if served.port_count == 0 or not self.serve_io(served):
+                if not self.serve_io(ports):
                     return 0
             elif page.exit_reason == KVM_EXIT_MMIO:
-                if served.mmio_count == 0 or not self.serve_mmio(served):
+                if not self.serve_mmio(mmio):
                     return 0
             else:
                 return 0
@@ -353,19 +355,19 @@ cdef class Vcpu(VcpuState):
             if recent.write:
                 recent.value = pykvm_get(page.mmio.data, page.mmio.len)
 
-    cdef bint serve_io(self, ServedRanges served) noexcept nogil:
+    cdef bint serve_io(self, Ranges ports) noexcept nogil:
         """Have a C device do this port access. String I/O may stop midway: pending_index says where."""
         cdef kvm_run *page = self.page
         cdef uint32_t size = page.io.size
         cdef uint64_t value
         cdef char *data
-        cdef Range *found = find_range(served.ports, served.port_count, page.io.port, size)
-        if found == NULL:
+        cdef Range *found = ports.find(page.io.port, size)
+        if found == NULL or found.device == NULL:
             return False
         while self.pending_index < page.io.count:
             data = <char *>page + page.io.data_offset + self.pending_index * size
             value = 0
-            # SAFETY: `served` is held by the caller and keeps the device alive.
+            # SAFETY: the caller holds the table, which keeps the device alive.
             if page.io.direction == KVM_EXIT_IO_OUT:
                 if (<CDevice>found.device).c_write(page.io.port - found.first, size, pykvm_get(data, size)) != 0:
                     return False
@@ -376,14 +378,14 @@ cdef class Vcpu(VcpuState):
             self.pending_index += 1
         return True
 
-    cdef bint serve_mmio(self, ServedRanges served) noexcept nogil:
+    cdef bint serve_mmio(self, Ranges mmio) noexcept nogil:
         """Have a C device do this MMIO access."""
         cdef kvm_run *page = self.page
         cdef uint64_t value = 0
-        cdef Range *found = find_range(served.mmio, served.mmio_count, page.mmio.phys_addr, page.mmio.len)
-        if found == NULL:
+        cdef Range *found = mmio.find(page.mmio.phys_addr, page.mmio.len)
+        if found == NULL or found.device == NULL:
             return False
-        # SAFETY: `served` is held by the caller and keeps the device alive.
+        # SAFETY: the caller holds the table, which keeps the device alive.
         if page.mmio.is_write:
             value = pykvm_get(page.mmio.data, page.mmio.len)
             return (<CDevice>found.device).c_write(page.mmio.phys_addr - found.first, page.mmio.len, value) == 0
@@ -408,21 +410,37 @@ cdef class Vcpu(VcpuState):
         """Have Python do the access of this exit. If it raises, pending_index says how far it got."""
         cdef kvm_run *page = self.page
         cdef uint32_t size
-        cdef char *data
         if page.exit_reason == KVM_EXIT_MMIO:
-            if page.mmio.is_write:
-                io.mmio_write(page.mmio.phys_addr, page.mmio.len, pykvm_get(page.mmio.data, page.mmio.len))
-            else:
-                pykvm_put(page.mmio.data, 8, io.mmio_read(page.mmio.phys_addr, page.mmio.len))
-            return 0
+            return self.access(io, page.mmio.is_write, page.mmio.phys_addr, page.mmio.len, page.mmio.data)
         size = page.io.size
         while self.pending_index < page.io.count:
-            data = <char *>page + page.io.data_offset + self.pending_index * size
-            if page.io.direction == KVM_EXIT_IO_OUT:
-                io.port_write(page.io.port, size, pykvm_get(data, size))
-            else:
-                pykvm_put(data, size, io.port_read(page.io.port, size))
+            self.access(io, page.io.direction == KVM_EXIT_IO_OUT, page.io.port, size,
+                        <char *>page + page.io.data_offset + self.pending_index * size)
             self.pending_index += 1
+        return 0
+
+    cdef int access(self, io, bint is_write, uint64_t address, uint32_t size, void *data) except -1:
+        """Have a Python device, or else `io`, do one access."""
+        cdef bint is_mmio = self.page.exit_reason == KVM_EXIT_MMIO
+        cdef Ranges ranges = self.vm.mmio if is_mmio else self.vm.ports
+        cdef Range *found = ranges.find(address, size)
+        # SAFETY: `ranges` keeps the handler alive, and may be replaced during the call: `handler` holds it too.
+        cdef Handler handler = <Handler>found.handler if found != NULL and found.handler != NULL else None
+        cdef uint64_t value = 0
+        if is_write:
+            value = pykvm_get(data, size)
+            if handler is not None:
+                handler.write(address - found.first, size, value)
+            elif is_mmio:
+                io.mmio_write(address, size, value)
+            else:
+                io.port_write(address, size, value)
+            return 0
+        if handler is not None:
+            handler.read(address - found.first, size, &value)
+        else:
+            value = io.mmio_read(address, size) if is_mmio else io.port_read(address, size)
+        pykvm_put(data, size, value)
         return 0
 
     cdef int abandon(self) except -1:
@@ -677,15 +695,6 @@ cdef class Vcpu(VcpuState):
             result.append(structs().DirtyGfn(found.slot, found.offset, found.flags))
             gfn = &self.ring[self.ring_next % entries]
         return result
-
-
-cdef Range *find_range(Range *ranges, int count, uint64_t address, uint32_t size) noexcept nogil:
-    """The range that holds all of the access, or NULL."""
-    cdef int i
-    for i in range(count):
-        if ranges[i].first <= address and address <= ranges[i].last and size - 1 <= ranges[i].last - address:
-            return &ranges[i]
-    return NULL
 
 
 cdef object unhandled(unsigned int index, kvm_run *page):

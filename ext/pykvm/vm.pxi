@@ -17,44 +17,6 @@ cdef class Pinned:
             PyBuffer_Release(&self.buffer)
 
 
-cdef struct Range:
-    uint64_t first
-    uint64_t last
-    void *device
-
-
-@cython.internal
-cdef class ServedRanges:
-    """The ranges served by C devices: immutable, so that a running vCPU reads it with no lock."""
-
-    cdef Range *ports
-    cdef Range *mmio
-    cdef int port_count, mmio_count
-    cdef readonly tuple entries  # (space, address, size, device): also what keeps the devices alive
-
-    def __cinit__(self, tuple entries=()):
-        cdef Range *target
-        self.entries = entries
-        self.ports = <Range *>calloc(len(entries) + 1, sizeof(Range))
-        self.mmio = <Range *>calloc(len(entries) + 1, sizeof(Range))
-        if self.ports == NULL or self.mmio == NULL:
-            raise MemoryError
-        for space, address, size, device in entries:
-            if space == "port":
-                target = &self.ports[self.port_count]
-                self.port_count += 1
-            else:
-                target = &self.mmio[self.mmio_count]
-                self.mmio_count += 1
-            target.first = address
-            target.last = address + size - 1
-            target.device = <void *>device
-
-    def __dealloc__(self):
-        free(self.ports)
-        free(self.mmio)
-
-
 cdef class Vm(Fd):
     """A VM descriptor. Made by `System.create_vm`.
 
@@ -70,7 +32,7 @@ cdef class Vm(Fd):
     cdef object delivering  # a lock: whoever holds it delivers coalesced writes, in order
     cdef size_t dirty_ring_bytes
     cdef dict regions
-    cdef ServedRanges served
+    cdef Ranges ports, mmio  # what the run loop serves
     cdef dict vcpus  # the open ones by index, as weak references, since each holds its Vm
 
     def __init__(self) -> None:
@@ -78,7 +40,8 @@ cdef class Vm(Fd):
 
     def __cinit__(self):
         self.regions = {}
-        self.served = ServedRanges()
+        self.ports = Ranges()
+        self.mmio = Ranges()
         self.vcpus = {}
         self.coalesced = []
 
@@ -90,7 +53,8 @@ cdef class Vm(Fd):
     cdef void unpin(self):
         if self.fd < 0 and not self.vcpus:
             self.regions = {}
-            self.served = ServedRanges()
+            self.ports = Ranges()
+            self.mmio = Ranges()
 
     def check_extension(self, int cap) -> int:
         """The value of capability `cap` for this VM: 0 if absent."""
@@ -455,7 +419,7 @@ cdef class Vm(Fd):
         """A descriptor of the VM's binary statistics (KVM API 4.133); the caller closes it."""
         return check(ioctl(self.fd, KVM_GET_STATS_FD, 0), "KVM_GET_STATS_FD")
 
-    # Processors, and devices served without the GIL
+    # Processors, and the devices that they call
 
     def create_vcpu(self, unsigned long index) -> Vcpu:
         """A new virtual processor; `index` is its APIC ID."""
@@ -466,26 +430,22 @@ cdef class Vm(Fd):
         vcpu.map_run_page()
         return vcpu
 
-    def serve(self, space: str, uint64_t address, uint64_t size, CDevice device not None) -> None:
-        """Serve a C device's range (`space` is "port" or "mmio") inside the run loop.
+    def serve(self, space: str, entries) -> None:
+        """Replace the devices of `space` ("port" or "mmio") that the run loop calls; others are left to its `io`.
 
-        Raises ConfigurationError for another space and for a range that is empty or wraps around.
+        An entry is (`pykvm.bus.Attachment`, lock), by address and without overlaps. A `pykvm.device.CDevice` is
+        called without the GIL. The methods of others, as they are now, are called with the lock held if it is a
+        `DeviceLock`. A vCPU that is about to access a device that is no longer there may do so once more.
+        Raises ConfigurationError for another space, and for ranges that cannot be.
         """
-        if space not in ("port", "mmio"):
-            raise ConfigurationError(f"a device is at a port or in mmio, not in {space!r}")
-        if size == 0 or address + (size - 1) < address:
-            raise ConfigurationError(f"{size} addresses from {address:#x} on are no range")
-        self.set_served(self.served.entries + ((space, address, size, device),))
-
-    def unserve(self, device) -> None:
-        """Stop serving this device; a vCPU that is about to access it may do so once more."""
-        self.set_served(tuple([entry for entry in self.served.entries if entry[3] is not device]))
-
-    cdef int set_served(self, tuple entries) except -1:
         cdef Vcpu vcpu
-        self.served = ServedRanges(entries)
+        if space == "port":
+            self.ports = Ranges(entries)
+        elif space == "mmio":
+            self.mmio = Ranges(entries)
+        else:
+            raise ConfigurationError(f"a device is at a port or in mmio, not in {space!r}")
         for reference in list(self.vcpus.values()):
             vcpu = reference()
             if vcpu is not None and vcpu.running:
-                vcpu.interrupt_run()  # it looks at `served` whenever it comes back
-        return 0
+                vcpu.interrupt_run()  # it looks at the tables whenever it comes back

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import RLock
+
 from pykvm.emulator.accesses import Accesses
 from pykvm.emulator.chipset import Chipset, IrqLine, Ports, check_line
 from pykvm.emulator.cpu import Cpu
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pykvm.bus import DeviceLock, Served
     from pykvm.interfaces import Device, Region
 
 __all__ = ["EmulatorBackend", "EmulatorMachine"]
@@ -76,12 +79,12 @@ class EmulatorMachine:
         """None: the chipset's ports never come to the bus."""
         return []
 
-    def serve(self, space: str, address: int, size: int, device: Device) -> bool:
-        """No device is served inside the emulator: all accesses come through `IO`."""
-        return False
+    def serve(self, space: str, entries: Served) -> None:
+        """Nothing: all accesses come through `IO`."""
 
-    def unserve(self, device: Device) -> None:
-        """Nothing: no device is served."""
+    def new_lock(self) -> DeviceLock:
+        """An ordinary lock."""
+        return RLock()
 
     def close(self) -> None:
         """Release the memory of all slots."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pykvm import _kvm
-    from pykvm.device import CDevice
+    from pykvm.bus import Served
     from pykvm.exits import Exit
     from pykvm.interfaces import IO, Device, Region
     from pykvm.registers import Registers, SystemRegisters
@@ -247,28 +247,21 @@ class KvmMachine:
         pit = LazyPit(self.fd)
         return [(pit, PIT, 4), (pit.port_b, PORT_B, 1)]
 
-    def serve(self, space: str, address: int, size: int, device: Device) -> bool:
-        """Take devices written in C (`pykvm.device.CDevice`) into the run loop."""
-        if isinstance(device, _c_device()):
-            self.fd.serve(space, address, size, device)
-            return True
-        return False
+    def serve(self, space: str, entries: Served) -> None:
+        """Have the run loop call these devices."""
+        self.fd.serve(space, entries)
 
-    def unserve(self, device: Device) -> None:
-        """Leave a device to the bus again."""
-        self.fd.unserve(device)
+    def new_lock(self) -> _kvm.DeviceLock:
+        """A lock that the run loop takes itself."""
+        from pykvm._kvm import DeviceLock
+
+        return DeviceLock()
 
     def close(self) -> None:
         """Close the processors and the VM."""
         for vcpu in self._vcpus:
             vcpu.close()
         self.fd.close()
-
-
-def _c_device() -> type[CDevice]:
-    from pykvm.device import CDevice
-
-    return CDevice
 
 
 class KvmBackend:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pykvm.boot.modes import real_mode
+from pykvm.bus import Bus
 from pykvm.kvm.abi import CAPABILITIES
 from pykvm.registers import Registers
 from pykvm.values import replace
@@ -96,6 +98,12 @@ class Machine:
             if cpuid:
                 vcpu.set_supported_cpuid(system, cpus)
             self.vcpus.append(vcpu)
+
+    def bus(self, space: str) -> Bus:
+        """A bus (`space` is "port" or "mmio") whose devices the run loop calls."""
+        from pykvm._kvm import DeviceLock
+
+        return Bus(space, 1 << 52, on_change=partial(self.vm.serve, space), new_lock=DeviceLock)
 
     @property
     def vcpu(self) -> Vcpu:

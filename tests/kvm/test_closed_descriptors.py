@@ -138,8 +138,7 @@ CALLS: dict[str, dict[str, tuple[str, tuple[Any, ...]]]] = {
 # set_supported_cpuid needs an open System as its argument and has a test of its own.
 ON_THE_ARGUMENT = {"set_supported_cpuid"}
 WITHOUT_IOCTL = {
-    *("fileno", "close"),
-    *("serve", "unserve"),
+    *("fileno", "close", "serve"),
     *("kick", "clear_kick", "exit_counts", "recent_exits", "times", "measure_time"),
 }
 

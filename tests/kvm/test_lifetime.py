@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pykvm.bus import Attachment
 from pykvm.errors import ConfigurationError, KvmError
 from pykvm.exits import Exit, Halt, Interrupted
 from tests.kvm.machines import CODE, HLT, OUT_FOREVER, SPIN, Machine, NoIO, Recorder
@@ -238,22 +239,32 @@ def test_a_forked_child_cannot_run_the_vcpu_of_its_parent(machine: Machine) -> N
     assert os.waitstatus_to_exitcode(status) == 7
 
 
-def test_a_device_at_an_impossible_place_is_refused(machine: Machine) -> None:
+@pytest.mark.parametrize(
+    ("space", "ranges"),
+    [
+        ("ports", [(0, 1)]),
+        ("port", [(0, 0)]),
+        ("mmio", [((1 << 64) - 1, 2)]),
+        ("port", [(0, 4), (3, 1)]),
+        ("port", [(8, 1), (0, 1)]),
+    ],
+)
+def test_a_device_at_an_impossible_place_is_refused(
+    machine: Machine, space: str, ranges: list[tuple[int, int]]
+) -> None:
+    from pykvm._kvm import DeviceLock
     from pykvm.device import CDevice
 
-    for space, address, size in (("ports", 0, 1), ("port", 0, 0), ("mmio", (1 << 64) - 1, 2)):
-        with pytest.raises(ConfigurationError):
-            machine.vm.serve(space, address, size, CDevice())
-    with pytest.raises(TypeError):
-        machine.vm.serve("port", 0, 1, None)  # type: ignore[arg-type]
+    entries = [(Attachment(CDevice(), address, size), DeviceLock()) for address, size in ranges]
+    with pytest.raises(ConfigurationError):
+        machine.vm.serve(space, entries)
 
 
-def test_a_c_device_without_c_methods_is_left_to_python(machine: Machine) -> None:
+def test_a_c_device_without_c_methods_is_called_in_python(machine: Machine) -> None:
     from pykvm.device import CDevice
 
-    machine.vm.serve("port", 0x510, 1, CDevice())
-    io = Recorder(lambda: 5)
-    assert machine.run(b"\xee\xec" + HLT, io) == Halt()
-    assert [entry[0] for entry in io.log] == ["out", "in"]
+    machine.bus("port").attach(CDevice(), 0x510, 1)
+    assert machine.run(b"\xee\xec" + HLT, NoIO()) == Halt()
     assert machine.vcpu.times()[2] == 0
+    assert machine.vcpu.get_regs().rax & 0xFF == 0xFF
     assert machine.vcpu.get_regs().rip == CODE + 3

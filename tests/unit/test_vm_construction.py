@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from threading import RLock
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +35,11 @@ class Machine:
 
     def devices(self) -> list[tuple[Device, int, int]]:
         return []
+
+    def serve(self, space: str, entries: object) -> None: ...
+
+    def new_lock(self) -> AbstractContextManager[object]:
+        return RLock()
 
     def close(self) -> None:
         self.closed += 1

@@ -1,0 +1,169 @@
+# Devices as the run loop calls them: which answers an access, its lock, its methods.
+#
+# Whatever executes once after an exit is cold in the processor's caches and costs several times what it costs in
+# a loop. So the loop does not go through the VM's buses: they hand it their ranges, and it calls devices itself.
+
+cdef extern from "pythread.h":
+    ctypedef void *PyThread_type_lock
+    ctypedef enum PyLockStatus:
+        PY_LOCK_FAILURE, PY_LOCK_ACQUIRED, PY_LOCK_INTR
+    PyThread_type_lock PyThread_allocate_lock()
+    void PyThread_free_lock(PyThread_type_lock lock)
+    void PyThread_release_lock(PyThread_type_lock lock)
+    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int interruptible) nogil
+    unsigned long PyThread_get_thread_ident()
+
+cdef extern from "Python.h":
+    uint64_t PyLong_AsUnsignedLongLongMask(object) except? 0xFFFF_FFFF_FFFF_FFFF
+
+
+@cython.final
+cdef class DeviceLock:
+    """A re-entrant lock like `threading.RLock`, which the run loop takes without a call of Python.
+
+    `owner` and `depth` are guarded by the GIL. Only who has to wait gives it up.
+    """
+
+    cdef object __weakref__
+    cdef PyThread_type_lock lock
+    cdef unsigned long owner
+    cdef unsigned long depth  # how often its owner has taken it; 0 when it is free
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            PyThread_free_lock(self.lock)
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, kind, error, trace, /) -> None:
+        self.give_back()
+
+    cdef int take(self) except -1:
+        cdef unsigned long thread = PyThread_get_thread_ident()
+        if self.depth != 0 and self.owner == thread:
+            self.depth += 1
+            return 0
+        if PyThread_acquire_lock_timed(self.lock, 0, False) != PY_LOCK_ACQUIRED:
+            self.wait()
+        self.owner = thread
+        self.depth = 1
+        return 0
+
+    cdef int wait(self) except -1:
+        """Wait until it is free; Python's signal handlers run meanwhile, and what they raise ends it."""
+        cdef PyLockStatus status = PY_LOCK_INTR
+        while status != PY_LOCK_ACQUIRED:
+            with nogil:
+                status = PyThread_acquire_lock_timed(self.lock, -1, True)
+            # gil: owner and depth, and the handlers of signals that interrupted the wait
+            if status == PY_LOCK_INTR:
+                PyErr_CheckSignals()
+        return 0
+
+    cdef int give_back(self) except -1:
+        if self.depth == 0 or self.owner != PyThread_get_thread_ident():
+            raise RuntimeError("a device's lock is given back by a thread that does not hold it")
+        self.depth -= 1
+        if self.depth == 0:
+            PyThread_release_lock(self.lock)
+        return 0
+
+
+@cython.final
+@cython.internal
+cdef class Handler:
+    """A device written in Python at a range: its bound methods, and the lock to hold during a call."""
+
+    cdef object attachment, read_method, write_method
+    cdef DeviceLock lock
+
+    def __cinit__(self, attachment, DeviceLock lock not None):
+        self.attachment = attachment
+        self.read_method = attachment.device.read
+        self.write_method = attachment.device.write
+        self.lock = lock
+
+    cdef int write(self, uint64_t offset, uint32_t size, uint64_t value) except -1:
+        self.lock.take()
+        try:
+            self.write_method(offset, size, value)
+        finally:
+            self.lock.give_back()
+        return 0
+
+    cdef int read(self, uint64_t offset, uint32_t size, uint64_t *value) except -1:
+        self.lock.take()
+        try:
+            answer = self.read_method(offset, size)
+        finally:
+            self.lock.give_back()
+        try:
+            value[0] = PyLong_AsUnsignedLongLongMask(answer)  # takes what Python accepts as an index
+        except TypeError:
+            raise TypeError(f"{self.attachment}: read returned {answer!r}, not an integer") from None
+        return 0
+
+
+cdef struct Range:
+    uint64_t first
+    uint64_t last
+    void *device  # a CDevice, or NULL
+    void *handler  # a Handler, or NULL: a lock of another kind is for the bus to take
+
+
+@cython.final
+@cython.internal
+cdef class Ranges:
+    """The ranges of one address space that the run loop serves, by address.
+
+    Never changed, so that a running vCPU reads it with no lock.
+    """
+
+    cdef Range *ranges
+    cdef size_t count
+    cdef list keep  # what the pointers in `ranges` point to
+
+    def __cinit__(self, entries=()):
+        cdef list wanted = list(entries)
+        cdef Range *target
+        self.keep = []
+        self.ranges = <Range *>calloc(len(wanted) + 1, sizeof(Range))
+        if self.ranges == NULL:
+            raise MemoryError
+        end = 0
+        for attachment, lock in wanted:
+            if attachment.size <= 0 or attachment.address < end or attachment.end > 1 << 64:
+                raise ConfigurationError(f"{attachment}: a range is not empty and comes after the one before it")
+            end = attachment.end
+            handler = Handler(attachment, lock) if isinstance(lock, DeviceLock) else None
+            target = &self.ranges[self.count]
+            target.first = attachment.address
+            target.last = end - 1
+            target.device = <void *>attachment.device if isinstance(attachment.device, CDevice) else NULL
+            target.handler = <void *>handler if handler is not None else NULL
+            self.keep.append((attachment, handler))
+            self.count += 1
+
+    def __dealloc__(self):
+        free(self.ranges)
+
+    cdef Range *find(self, uint64_t address, uint32_t size) noexcept nogil:
+        """The range that holds all of the access, or NULL. Valid for as long as this object lives."""
+        cdef size_t low = 0, high = self.count, middle
+        cdef Range *found
+        while low < high:
+            middle = (low + high) // 2
+            found = &self.ranges[middle]
+            if address < found.first:
+                high = middle
+            elif address > found.last:
+                low = middle + 1
+            else:
+                return found if size - 1 <= found.last - address else NULL
+        return NULL
