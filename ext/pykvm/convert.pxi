@@ -191,11 +191,19 @@ cdef Block cpuid_from_python(entries):
 
 
 cdef tuple read_cpuid(int fd, unsigned long request, const char *name):
-    """KVM says E2BIG until there is room for its list (KVM API 4.46)."""
-    return cpuid_to_python(<kvm_cpuid2 *>fetch_cpuid(fd, request, name).data)
+    cdef Block block = fetch_cpuid(fd, request, name)
+    cdef kvm_cpuid2 *leaves = <kvm_cpuid2 *>block.data
+    while leaves.nent > 0 and is_empty(&leaves.entries[leaves.nent - 1]):
+        leaves.nent -= 1  # Linux 6.1 does not say how many KVM_GET_CPUID2 has filled in
+    return cpuid_to_python(leaves)
+
+
+cdef bint is_empty(const kvm_cpuid_entry2 *leaf):
+    return (leaf.function | leaf.index | leaf.flags | leaf.eax | leaf.ebx | leaf.ecx | leaf.edx) == 0
 
 
 cdef Block fetch_cpuid(int fd, unsigned long request, const char *name):
+    """KVM says E2BIG until there is room for its list (KVM API 4.46)."""
     cdef Block block
     cdef uint32_t room = 128
     while True:

@@ -21,7 +21,9 @@ def system() -> Iterator[System]:
     why = backend.why_unavailable()
     if why is not None:
         pytest.skip(why)
-    with backend.system() as system:
+    # With its last VM gone KVM switches the processor's virtualisation off. That takes time, and an
+    # emulated AMD-V may hang in it: an idle VM keeps it on.
+    with backend.system() as system, system.create_vm():
         yield system
 
 

@@ -24,6 +24,8 @@ MMIO = 0x2_0000  # beyond RAM, within reach of a real-mode segment
 MMIO_SEGMENT = MMIO >> 4
 PORT = 0x510
 
+KVM_EXIT_IO, KVM_EXIT_HLT, KVM_EXIT_MMIO, KVM_EXIT_INTR = 2, 5, 6, 10
+
 # Code that many tests run (16-bit)
 HLT = b"\xf4"
 CLI_HLT = b"\xfa\xf4"
@@ -135,6 +137,11 @@ class Machine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def exits_of(vcpu: Vcpu) -> dict[int, int]:
+    """Its exits by KVM_EXIT_* number, but for interruptions, which come as they like."""
+    return {reason: count for reason, count in vcpu.exit_counts().items() if reason != KVM_EXIT_INTR}
 
 
 def lacks(system: System, *names: str) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pykvm.exits import Exit, Halt, Interrupted
 from pykvm.state import MP_STATE_RUNNABLE
 from pykvm.values import replace
-from tests.kvm.machines import CLI_HLT, SPIN, Machine, NoIO, Recorder
+from tests.kvm.machines import CLI_HLT, KVM_EXIT_INTR, SPIN, Machine, NoIO, Recorder
 
-KVM_EXIT_INTR = 10
 SLEEP = b"\xfb\xf4\xeb\xfd"  # sti; 1: hlt; jmp 1b
 ICR_INIT = (0xC_4500).to_bytes(4, "little")
 ICR_SIPI_AT_0X3000 = (0xC_4603).to_bytes(4, "little")

@@ -52,6 +52,7 @@ def one_life(system: System, *, close: bool = True) -> None:
         machine.close()
 
 
+@pytest.mark.timeout(600)  # three seconds, but minutes on an emulated AMD-V
 def test_two_thousand_machines_leave_nothing_behind(system: System) -> None:
     for _ in range(WARM_UP):
         one_life(system)

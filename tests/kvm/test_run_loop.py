@@ -21,6 +21,9 @@ from tests.kvm.machines import (
     CODE,
     HLT,
     IN_AL,
+    KVM_EXIT_HLT,
+    KVM_EXIT_IO,
+    KVM_EXIT_MMIO,
     MMIO,
     OUT_AL,
     OUT_FOREVER,
@@ -29,9 +32,9 @@ from tests.kvm.machines import (
     Machine,
     NoIO,
     Recorder,
+    exits_of,
 )
 
-KVM_EXIT_IO, KVM_EXIT_HLT, KVM_EXIT_MMIO = 2, 5, 6
 DATA = 0x3000
 
 
@@ -258,7 +261,7 @@ def test_every_exit_is_counted_and_the_last_are_remembered(machine: Machine) -> 
     machine.run(OUT_AL * 40 + b"\x26\xa2\x04\x00" + HLT, Recorder(), rax=0x21)
     guest_ns, elapsed_ns, served = machine.vcpu.times()
     recent = machine.vcpu.recent_exits()
-    assert machine.vcpu.exit_counts() == {KVM_EXIT_IO: 40, KVM_EXIT_MMIO: 1, KVM_EXIT_HLT: 1}
+    assert exits_of(machine.vcpu) == {KVM_EXIT_IO: 40, KVM_EXIT_MMIO: 1, KVM_EXIT_HLT: 1}
     assert recent[-3:-1] == [
         (KVM_EXIT_IO, True, PORT, 1, 1, 0x21),
         (KVM_EXIT_MMIO, True, MMIO + 4, 1, 1, 0x21),

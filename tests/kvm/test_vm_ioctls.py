@@ -19,6 +19,8 @@ from pykvm.values import replace
 from tests.kvm.machines import (
     CODE,
     HLT,
+    KVM_EXIT_HLT,
+    KVM_EXIT_IO,
     MMIO,
     OUT_AL,
     PORT,
@@ -27,6 +29,7 @@ from tests.kvm.machines import (
     Machine,
     NoIO,
     Recorder,
+    exits_of,
 )
 
 if TYPE_CHECKING:
@@ -141,9 +144,10 @@ def test_a_guest_memfd_needs_a_size_in_pages(machine: Machine, need: Need) -> No
         machine.vm.create_guest_memfd(3)
 
 
-def dirty_pages(bitmap: bytes) -> list[int]:
+def dirty_pages(bitmap: bytes) -> set[int]:
+    """The pages of the bitmap, but for the code's: KVM may count one that it maps writable as written."""
     bits = int.from_bytes(bitmap, "little")
-    return [page for page in range(8 * len(bitmap)) if bits >> page & 1]
+    return {page for page in range(8 * len(bitmap)) if bits >> page & 1} - {CODE // PAGE}
 
 
 def test_the_dirty_log_holds_the_pages_written_since_it_was_read(
@@ -154,8 +158,8 @@ def test_the_dirty_log_holds_the_pages_written_since_it_was_read(
     machine.vm.get_dirty_log(0, RAM // PAGE)
     assert machine.vcpu.run(NoIO()) == Halt()
     first, second = (dirty_pages(machine.vm.get_dirty_log(0, RAM // PAGE)) for _ in range(2))
-    assert first == [2, 5]
-    assert second == []
+    assert first == {2, 5}
+    assert second == set()
 
 
 def test_too_small_a_dirty_log_is_refused(make_machine: Callable[..., Machine]) -> None:
@@ -178,8 +182,8 @@ def test_with_manual_protection_a_page_stays_dirty_until_it_is_cleared(
     first, again = (machine.vm.get_dirty_log(0, pages) for _ in range(2))
     machine.vm.clear_dirty_log(0, 0, pages, (1 << 2).to_bytes(8, "little"))
     after = machine.vm.get_dirty_log(0, pages)
-    assert dirty_pages(first) == dirty_pages(again) == [2, 5]
-    assert dirty_pages(after) == [5]
+    assert dirty_pages(first) == dirty_pages(again) == {2, 5}
+    assert dirty_pages(after) == {5}
 
 
 def test_the_dirty_ring_holds_the_pages_a_vcpu_wrote(system: System, need: Need) -> None:
@@ -198,7 +202,8 @@ def test_the_dirty_ring_holds_the_pages_a_vcpu_wrote(system: System, need: Need)
             again = vcpu.collect_dirty()
             reset = vm.reset_dirty_rings()
     ram.close()
-    assert [(each.slot, each.offset) for each in found] == [(0, 2), (0, 5)]
+    written = [(each.slot, each.offset) for each in found if each.offset != CODE // PAGE]
+    assert written == [(0, 2), (0, 5)]
     assert again == []
     assert reset == len(found)
 
@@ -402,7 +407,7 @@ def test_coalesced_writes_arrive_in_order_before_the_exit_that_follows_them(
         ("out", PORT, 1, 0x34),
         ("write", MMIO, 1, 0x34),
     ]
-    assert machine.vcpu.exit_counts() == {2: 1, 5: 1}  # KVM_EXIT_IO, KVM_EXIT_HLT
+    assert exits_of(machine.vcpu) == {KVM_EXIT_IO: 1, KVM_EXIT_HLT: 1}
 
 
 def test_coalesced_port_writes_arrive_too(machine: Machine, need: Need) -> None:
@@ -413,7 +418,7 @@ def test_coalesced_port_writes_arrive_too(machine: Machine, need: Need) -> None:
     assert io.log == [("out", PORT, 1, 8)] * 2
     machine.vm.unregister_coalesced_mmio(PORT, 1, pio=True)
     machine.run(OUT_AL + HLT, io, rax=9)
-    assert machine.vcpu.exit_counts()[2] == 1
+    assert exits_of(machine.vcpu)[KVM_EXIT_IO] == 1
 
 
 def test_a_device_that_refuses_a_coalesced_write_gets_it_again_and_the_exit_is_not_lost(
@@ -445,10 +450,9 @@ def test_coalesced_writes_can_be_taken_by_hand(machine: Machine, need: Need) -> 
 
     with pytest.raises(RuntimeError):
         machine.run(STORE_MMIO + STORE_WORD_MMIO + HLT, Refusing(), rax=0x1234)
-    assert machine.vcpu.drain_coalesced() == [
-        CoalescedAccess(MMIO, b"\x34"),
-        CoalescedAccess(MMIO + 4, b"\x34\x12"),
-    ]
+    taken = machine.vcpu.drain_coalesced()
+    io = Recorder()  # an interruption may have come between the two
+    assert machine.vcpu.run(io) == Halt()
+    assert taken[0] == CoalescedAccess(MMIO, b"\x34")
+    assert [each.address for each in taken] + [entry[1] for entry in io.log] == [MMIO, MMIO + 4]
     assert machine.vcpu.drain_coalesced() == []
-    assert machine.vcpu.run(NoIO()) == Halt()
-    assert machine.vcpu.get_regs().rip == CODE + len(STORE_MMIO + STORE_WORD_MMIO + HLT)
