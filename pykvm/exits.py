@@ -11,7 +11,7 @@ Each is a frozen, slotted dataclass whose first field is the index of the vCPU t
 
 from __future__ import annotations
 
-from pykvm.values import Value
+from pykvm.values import Value, replace
 
 TYPE_CHECKING = False  # typing costs milliseconds at start-up; type checkers know this name
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class Failure(Value):
     descriptors: tuple[str, ...] = ()
     page_walk: tuple[str, ...] = ()
     disassembly: tuple[str, ...] = ()
+
+    def is_at_reset(self) -> bool:
+        """Whether the processor is where a reset puts it (SDM volume 3, 10.1.4)."""
+        return self.registers.rip == 0xFFF0 and self.system_registers.cs.base == 0xFFFF_0000
 
     def lines(self) -> list[str]:
         """All sections with their headings, as lines."""
@@ -108,14 +112,21 @@ class Debug(Value):
 
 
 class Shutdown(Value):
-    """A triple fault: an exception while delivering a double fault (SDM volume 3, 6.15)."""
+    """A triple fault: an exception while delivering a double fault (SDM volume 3, 6.15).
+
+    On AMD-V, KVM then resets the processor: what its registers were is lost (APM volume 2, 15.14.3).
+    """
 
     vcpu: int = 0
     failure: Failure | None = None
 
     def explain(self) -> str:
         """Tell what happened, with everything that is known about it."""
-        return _explain(f"vCPU {self.vcpu}: triple fault", self.failure)
+        headline = f"vCPU {self.vcpu}: triple fault"
+        if self.failure is None or not self.failure.is_at_reset():
+            return _explain(headline, self.failure)
+        headline += "; AMD-V then resets the processor, so its registers are lost (the emulator keeps them)"
+        return _explain(headline, replace(self.failure, descriptors=(), page_walk=(), disassembly=()))
 
 
 class EmulationFailure(Value):

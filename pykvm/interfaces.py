@@ -146,7 +146,10 @@ class Machine(Protocol):
 
     def unmap(self, slot: int) -> None: ...
     def dirty(self, slot: int) -> NDArray[np.bool_]:
-        """Which pages of a `log_dirty` slot were written since the last call, one bool a page."""
+        """Which pages of a `log_dirty` slot were written since the last call, one bool a page.
+
+        KVM on AMD-V also reports pages that were only read, when that was the first access to them.
+        """
 
     def vcpu(self, index: int) -> Vcpu: ...
     def irq(self, gsi: int) -> IrqLine:

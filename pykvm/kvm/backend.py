@@ -7,8 +7,10 @@ stepping and breakpoints use KVM_SET_GUEST_DEBUG.
 from __future__ import annotations
 
 from pykvm.errors import BackendUnavailable, ConfigurationError, KvmError
-from pykvm.exits import Debug
+from pykvm.exits import Debug, Shutdown
 from pykvm.layout import KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE, PIT, PORT_B
+from pykvm.registers import CR4_DE
+from pykvm.values import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,13 +128,13 @@ class KvmVcpu:
             if type(exit) is not Debug or exit.kind != "step" or exit.address in self._breakpoints:
                 return exit
             self._set_debug(stepping=False)
-        return self.fd.run(io)
+        return self._enter(io)
 
     def step(self, io: IO) -> Exit:
         """Execute one instruction."""
         if not self._debug & KVM_GUESTDBG_SINGLESTEP:
             self._set_debug(stepping=True)
-        return self.fd.run(io)
+        return self._enter(io)
 
     def kick(self) -> None:
         self.fd.kick()
@@ -165,6 +167,24 @@ class KvmVcpu:
             _describe_exit(EXIT_REASONS.get(reason, f"exit {reason}"), write, address, size, count, value)
             for reason, write, address, size, count, value in self.fd.recent_exits()
         ]
+
+    def _enter(self, io: IO) -> Exit:
+        exit = self.fd.run(io)
+        if type(exit) is Shutdown:
+            self._reset_mmu()
+        return exit
+
+    def _reset_mmu(self) -> None:
+        """Have KVM load its own page tables for this processor again.
+
+        On a triple fault kvm_amd resets the processor and forgets them, but loads them again only if the
+        guest's paging was on. Without them the next run would not get to its first instruction, and KVM
+        would not say so. A change of CR4 loads them; reading the events hands it to KVM.
+        """
+        system = self.fd.get_sregs()
+        for cr4 in (system.cr4 ^ CR4_DE, system.cr4):
+            self.fd.set_sregs(replace(system, cr4=cr4))
+            self.fd.get_vcpu_events()
 
     def _at_breakpoint(self) -> bool:
         return self.fd.get_sregs().cs.base + self.fd.get_regs().rip in self._breakpoints
@@ -213,7 +233,7 @@ class KvmMachine:
         self._sizes.pop(slot, None)
 
     def dirty(self, slot: int) -> NDArray[np.bool_]:
-        """Which pages were written since the last call, one bool a page."""
+        """Which pages were written since the last call, or read for the first time; one bool a page."""
         import numpy as np
 
         pages = self._sizes[slot] // PAGE_SIZE

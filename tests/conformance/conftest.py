@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pykvm import VM, backends
+from tests.conformance.limits import why_no_breakpoints, why_no_registers_after_a_triple_fault
 
 
 @pytest.fixture(params=backends.NAMES)
@@ -17,6 +18,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     if why is not None:
         pytest.skip(why)
     return name
+
+
+@pytest.fixture
+def breakpoints(backend: str) -> None:
+    """Skips the test where breakpoints do not work."""
+    if why := why_no_breakpoints(backend):
+        pytest.skip(why)
+
+
+@pytest.fixture
+def registers_after_a_triple_fault(backend: str) -> None:
+    """Skips the test where they are lost."""
+    if why := why_no_registers_after_a_triple_fault(backend):
+        pytest.skip(why)
 
 
 @pytest.fixture

@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 
 from pykvm import backends
+from tests.conformance import limits
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "library.md"
+
+# What some examples need beyond a backend, by a word in them
+LIMITS = {
+    "set_breakpoints": limits.why_no_breakpoints,
+    "failure.registers": limits.why_no_registers_after_a_triple_fault,
+    "ring=3": limits.why_no_ports_in_ring3,
+}
 
 EXAMPLE = re.compile(
     r"(?:<!-- backends: (?P<backends>[a-z ]+) -->\n)?"
@@ -53,6 +61,9 @@ def test_the_example_prints_what_the_page_says(
 ) -> None:
     if backend not in example.backends:
         pytest.skip(f"the page says that only {' '.join(example.backends)} can")
+    for word, why_not in LIMITS.items():
+        if word in example.code and (why := why_not(backend)):
+            pytest.skip(why)
     monkeypatch.setattr("pykvm.vm.choose", lambda name: (backends.get(backend), None))
     monkeypatch.chdir(ROOT)
 

@@ -229,6 +229,7 @@ def test_stepping_a_processor_that_is_not_there_is_refused(vm: VM, index: int) -
         vm.step(index)
 
 
+@pytest.mark.usefixtures("breakpoints")
 def test_a_run_stops_before_a_breakpoint_and_resumes_from_it(vm: VM) -> None:
     vm.load(THREE_STEPS)
     vm.vcpus[0].set_breakpoints([0x8003])
@@ -241,6 +242,7 @@ def test_a_run_stops_before_a_breakpoint_and_resumes_from_it(vm: VM) -> None:
     assert rax(vm) == 6
 
 
+@pytest.mark.usefixtures("breakpoints")
 def test_a_breakpoint_in_a_loop_is_reached_each_time_round(vm: VM) -> None:
     vm.load(b"\x40\x90\xeb\xfc")  # 1: inc ax; nop; jmp 1b
     vm.vcpus[0].set_breakpoints([0x8001])
@@ -250,6 +252,7 @@ def test_a_breakpoint_in_a_loop_is_reached_each_time_round(vm: VM) -> None:
     assert counts == [(Debug, 1), (Debug, 2), (Debug, 3)]
 
 
+@pytest.mark.usefixtures("breakpoints")
 def test_adjacent_breakpoints_are_all_reached(vm: VM) -> None:
     vm.load(b"\x90\x40\x40\xf4")  # nop; inc ax; inc ax; hlt
     vm.vcpus[0].set_breakpoints([0x8001, 0x8002, 0x8003])
@@ -348,6 +351,7 @@ def dies(vm: VM, code: str, mode: str) -> Exit:
     return vm.run(timeout=LIMIT)
 
 
+@pytest.mark.usefixtures("registers_after_a_triple_fault")
 def test_a_triple_fault_explains_itself(vm: VM) -> None:
     exit = dies(vm, "b8 efbeadde 0f0b", "protected")  # mov eax, 0xdeadbeef; ud2
 

@@ -255,7 +255,8 @@ def test_dirty_pages_are_those_written_since_the_last_look(backend: str) -> None
         vm.run(timeout=LIMIT)
         second = vm.machine.dirty(slot.index).tolist()
 
-        assert first == [False, True, False, True]
+        # Where it tracks writes by write protection, KVM may take the first read of a page for a write.
+        assert [first[0], first[1], first[3]] == [False, True, True]
         assert between == [False] * 4
         assert second == [True, False, False, False]
 
