@@ -3,10 +3,10 @@
 in_venv = .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help build boot test lint types guests bench clean
+.PHONY: help build boot test lab lab-shell lint types guests bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 build: ## make .venv and build the extension, if anything has changed
 	@tools/setup.sh
@@ -16,6 +16,12 @@ boot: build ## boot the first guest
 
 test: build ## run the whole test suite
 	$(in_venv) pytest
+
+lab: ## run the tests on a real AMD-V, inside QEMU: ARGS="-k timer", or RUN=benchmarks/exits.py instead
+	@tools/lab/lab.py $(if $(RUN),run $(RUN),test) $(ARGS)
+
+lab-shell: ## open a shell there
+	@tools/lab/lab.py shell
 
 lint: build ## check style and formatting
 	$(in_venv) ruff check

@@ -15,16 +15,14 @@ def inside_tcg() -> bool:
 def why_no_breakpoints(backend: str) -> str:
     """Empty, or why KVM does not stop at breakpoints."""
     if backend == "kvm" and inside_tcg():
-        return "QEMU's TCG ignores the debug registers that a nested guest is entered with"
+        return "QEMU's TCG ignores the debug registers with which a nested guest is entered"
     return ""
 
 
 def why_no_ports_in_ring3(backend: str) -> str:
     """Empty, or why a guest that starts in ring 3 cannot use the ports that its TSS allows."""
     if backend == "kvm" and inside_tcg():
-        return (
-            "QEMU's TCG does not find the I/O bitmap of a busy TSS, and a nested guest is entered with that"
-        )
+        return "QEMU's TCG finds no I/O bitmap in a busy TSS, and a nested guest is entered with one"
     return ""
 
 
