@@ -12,12 +12,12 @@ if the overwritten instruction is the very next one.
 
 from __future__ import annotations
 
-from pykvm.emulator.decode import CS, MAX_LENGTH, Instruction, decode
+from pykvm.emulator.decode import CS, MAX_LENGTH, SS, Instruction, decode
 from pykvm.emulator.faults import GP, Fault
 from pykvm.emulator.opcodes import TABLE
 from pykvm.emulator.paging import FETCH
 from pykvm.emulator.physical import OFFSET, PAGE_SHIFT
-from pykvm.emulator.translate import RIP, Environment, Translator
+from pykvm.emulator.translate import M64, RIP, RSP, Environment, Translator
 from pykvm.errors import UnsupportedInstruction
 from pykvm.layout import PAGE_SIZE
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pykvm.emulator.translate import Op
 
     Key = tuple[int, bool, int, int, bool, int]
+
+STACK_INSTRUCTIONS = frozenset(("push", "pop", "pushf", "popf", "call", "ret", "enter", "leave"))
+"""Those that use the stack in one step; longer transfers go through `stack.Stack`."""
 
 MAX_BLOCK = 64  # instructions
 MAX_BLOCKS = 50_000
@@ -185,6 +188,19 @@ class CodeCache:
             return b""
         page = self._memory.page(physical)
         return bytes(page[physical & OFFSET :][:MAX_LENGTH]) if page is not None else b""
+
+    def uses_as_stack(self, address: int) -> bool:
+        """Whether the 64-bit instruction at RIP uses the linear `address` as one of its stack's."""
+        cpu = self._cpu
+        rip = cpu.linear_ip()
+        physical = cpu.mmu.translate(rip, FETCH, user=cpu.cpl == 3)
+        i, _ = self._fetch(cpu.context, rip, rip, physical)
+        if i.has_memory and i.segment == SS:
+            return True
+        if i.row.name not in STACK_INSTRUCTIONS:
+            return False
+        from_top = (address - cpu.r[RSP] + 8) & M64
+        return not i.has_memory or from_top <= 16  # else it is the memory operand of PUSH, POP or CALL
 
     def _translate(self, context: Context, rip: int, linear: int, physical: int) -> Block:
         translator = context.translator

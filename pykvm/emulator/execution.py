@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from pykvm.emulator.blocks import Block
 from pykvm.emulator.cpu import Cpu
-from pykvm.emulator.faults import NMI, Fault, TripleFault
+from pykvm.emulator.faults import NMI, SS, Fault, NonCanonical, TripleFault
 from pykvm.emulator.interrupts import raise_exception, raise_interrupt, raise_single_step
 from pykvm.emulator.translate import RIP
 from pykvm.errors import UnsupportedInstruction
@@ -113,6 +113,8 @@ class Execution:
 
     def _deliver(self, fault: Fault) -> Exit | None:
         try:
+            if isinstance(fault, NonCanonical) and self.cpu.code.uses_as_stack(fault.address):
+                fault = Fault(SS, 0)
             raise_exception(self.cpu, fault)
         except TripleFault:
             return Shutdown(self.index)

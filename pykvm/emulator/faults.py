@@ -75,5 +75,13 @@ class Fault(Exception):
         return name if self.code is None else f"{name}({self.code:#x})"
 
 
+class NonCanonical(Fault):
+    """A 64-bit address whose upper bits are not all equal: #GP(0), and #SS(0) for the stack's addresses."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__(GP, 0)
+        self.address = address
+
+
 class TripleFault(Exception):
     """A fault while a double fault was being delivered: the processor shuts down."""

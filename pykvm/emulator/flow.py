@@ -157,7 +157,8 @@ def jmp_far(t: Translator, i: Instruction) -> Op:
     cpu, (offset, selector) = t.cpu, _far_pointer(t, i)
 
     def op() -> None:
-        transfer.jump_far(cpu, selector(), offset())
+        target = offset()
+        transfer.jump_far(cpu, selector(), target)
 
     return op
 
@@ -168,7 +169,8 @@ def call_far(t: Translator, i: Instruction) -> Op:
     size, following = i.size, i.next
 
     def op() -> None:
-        transfer.call_far(cpu, selector(), offset(), size, following)
+        target = offset()
+        transfer.call_far(cpu, selector(), target, size, following)
 
     return op
 

@@ -121,11 +121,11 @@ def deliver(
     set_ip(cpu, cache, offset)
     inner = not cache.is_conforming and cache.dpl < cpu.cpl
     if cpu.is_long:
-        stack, new_ss = _enter_long(cpu, cache, ist, inner, flags)
+        stack, new_ss = _enter_long(cpu, cache, ist, inner, flags, source)
         size = 8
     else:
         size = 2 if kind in (INTERRUPT_GATE16, TRAP_GATE16) else 4
-        stack, new_ss = _enter_protected(cpu, cache, size, inner, flags)
+        stack, new_ss = _enter_protected(cpu, cache, size, inner, flags, source)
     if code is not None:
         stack.push(code, size)
     _commit(cpu, cache, offset, new_ss)
@@ -174,7 +174,7 @@ def _read_gate(cpu: Cpu, vector: int, in_idt: int, software: bool) -> tuple[int,
 
 
 def _enter_long(
-    cpu: Cpu, cache: SegmentCache, ist: int, inner: bool, flags: int
+    cpu: Cpu, cache: SegmentCache, ist: int, inner: bool, flags: int, source: int
 ) -> tuple[Stack, SegmentCache | None]:
     top, new_ss = cpu.r[RSP], None
     if inner:
@@ -182,7 +182,8 @@ def _enter_long(
     if inner or ist:
         _, top = task_stack(cpu, cache.dpl, ist)
     level = cache.dpl if inner else cpu.cpl
-    stack = Stack(cpu, new_ss or cpu.segments[SS], top & ~15, user=level == 3, code64=True)
+    segment = new_ss or cpu.segments[SS]
+    stack = Stack(cpu, segment, top & ~15, user=level == 3, code64=True, error_code=source)
     saved = (cpu.segments[SS].selector, cpu.r[RSP], flags, cpu.segments[CS].selector, cpu.r[RIP])
     for value in saved:
         stack.push(value, 8)
@@ -190,15 +191,16 @@ def _enter_long(
 
 
 def _enter_protected(
-    cpu: Cpu, cache: SegmentCache, size: int, inner: bool, flags: int
+    cpu: Cpu, cache: SegmentCache, size: int, inner: bool, flags: int, source: int
 ) -> tuple[Stack, SegmentCache | None]:
     saved: tuple[int, ...] = (flags, cpu.segments[CS].selector, cpu.r[RIP])
     if not inner:
-        stack, new_ss = Stack.current(cpu), None
+        stack, new_ss = Stack.current(cpu, error_code=source), None
     else:
         selector, top = task_stack(cpu, cache.dpl)
-        new_ss = check_stack(cpu, selector, cache.dpl, TS, EXTERNAL)
-        stack = Stack(cpu, new_ss, top, user=cache.dpl == 3)
+        new_ss = check_stack(cpu, selector, cache.dpl, TS, source)
+        code = selector & SELECTOR | source
+        stack = Stack(cpu, new_ss, top, user=cache.dpl == 3, error_code=code)
         saved = (cpu.segments[SS].selector, cpu.r[RSP], *saved)
     for value in saved:
         stack.push(value, size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pykvm.emulator.decode import IMM, MEM, REG, Instruction
-from pykvm.emulator.faults import BR, GP, UD, Fault
+from pykvm.emulator.faults import BR, UD, Fault
 from pykvm.emulator.flags import EAGER, MASK, SIGN, arithmetic
+from pykvm.emulator.paging import READ
 from pykvm.emulator.translate import RAX, RBP, RBX, RCX, RDX, RSP
 from pykvm.registers import RFLAGS_ZF
 
@@ -135,6 +136,16 @@ def nop(t: Translator, i: Instruction) -> Op:
 
     def op() -> None:
         pass
+
+    return op
+
+
+def clflush(t: Translator, i: Instruction) -> Op:
+    """CLFLUSH: there is no cache to flush, but the operand faults as a byte that is read would."""
+    address, translate, user = t.address(i, 1, write=False), t.cpu.mmu.translate, t.environment.user
+
+    def op() -> None:
+        translate(address(), READ, user=user)
 
     return op
 
@@ -383,7 +394,7 @@ def cmpxchg_wide(t: Translator, i: Instruction) -> Op:
     def op() -> None:
         where = address()
         if half == 8 and where & 15:
-            raise Fault(GP, 0)
+            raise linear.misaligned(where)
         access.probe_write(where, 2 * half)
         second = (where + half) & linear.linear_mask
         low, high = load(where), load(second)

@@ -471,11 +471,11 @@ def _group9() -> Entry:
 def _group15() -> Entry:
     """0F AE: FXSAVE and the like, fences, FS and GS bases."""
     memory: Entry = {
-        0: Row("fxsave", "Mv", sse.fxsave, KEEP),
-        1: Row("fxrstor", "Mv", sse.fxrstor, KEEP),
-        2: Row("ldmxcsr", "Md", sse.ldmxcsr, KEEP),
-        3: Row("stmxcsr", "Md", sse.stmxcsr, KEEP),
-        7: Row("clflush", "Mb", moves.nop, KEEP),
+        0: _prefixed(np=Row("fxsave", "Mv", sse.fxsave, KEEP)),
+        1: _prefixed(np=Row("fxrstor", "Mv", sse.fxrstor, KEEP)),
+        2: _prefixed(np=Row("ldmxcsr", "Md", sse.ldmxcsr, KEEP)),
+        3: _prefixed(np=Row("stmxcsr", "Md", sse.stmxcsr, KEEP)),
+        7: _prefixed(np=Row("clflush", "Mb", moves.clflush, KEEP)),
     }
     register: dict[str | int, Entry] = {}
     for field in range(4):

@@ -21,6 +21,7 @@ from pykvm.emulator.faults import (
     PF_USER,
     PF_WRITE,
     Fault,
+    NonCanonical,
 )
 from pykvm.emulator.physical import OFFSET, PAGE_SHIFT, PhysicalMemory
 from pykvm.layout import PAGE_SIZE
@@ -126,8 +127,19 @@ class Mmu:
         if levels == 2:
             return self._walk32(linear, kind, user)
         if levels >= 4 and not self.canonical(linear):
-            raise Fault(GP, 0)
+            raise Fault(GP, 0) if kind == FETCH else NonCanonical(linear)
         return self._walk64(linear, kind, user)
+
+    def misaligned(self, linear: int) -> Fault:
+        """The fault of an operand that must be aligned and is not. That it is canonical comes first."""
+        return Fault(GP, 0) if self.levels < 4 or self.canonical(linear) else NonCanonical(linear)
+
+    def next_page(self, linear: int) -> int:
+        """Where the page after that of `linear` begins. Raises Fault if it is not canonical."""
+        following = (linear | OFFSET) + 1 & self.linear_mask
+        if self.levels >= 4 and not self.canonical(following):
+            raise NonCanonical(following)
+        return following
 
     def _page_fault(self, linear: int, kind: int, user: bool, why: int) -> Fault:
         code = why | (PF_USER if user else 0) | (PF_WRITE if kind == WRITE else 0)
@@ -249,8 +261,8 @@ class Access:
         """Load through the page walk, whatever alignment, page borders or devices."""
         mmu = self.mmu
         if (linear & OFFSET) + size > PAGE_SIZE:
+            second = mmu.next_page(linear)
             first = PAGE_SIZE - (linear & OFFSET)
-            second = (linear + first) & mmu.linear_mask
             low = self.load_slowly(linear, first)
             return low | self.load_slowly(second, size - first) << (8 * first)
         physical = mmu.translate(linear, READ, user=self.is_user)
@@ -271,9 +283,10 @@ class Access:
     def probe_write(self, linear: int, size: int) -> None:
         """Raise the fault that a store would meet, storing nothing."""
         mmu = self.mmu
+        second = mmu.next_page(linear) if (linear & OFFSET) + size > PAGE_SIZE else None
         mmu.translate(linear, WRITE, user=self.is_user)
-        if (linear & OFFSET) + size > PAGE_SIZE:
-            mmu.translate((linear | OFFSET) + 1 & mmu.linear_mask, WRITE, user=self.is_user)
+        if second is not None:
+            mmu.translate(second, WRITE, user=self.is_user)
 
     def store_slowly(self, linear: int, size: int, value: int) -> None:
         """Store through the page walk. Where a page border splits it, both pages are tried first."""

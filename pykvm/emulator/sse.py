@@ -45,7 +45,7 @@ def _get(t: Translator, i: Instruction, operand: Operand, *, aligned: bool = Fal
     def get() -> int:
         where = address()
         if aligned and where & 15:
-            raise Fault(GP, 0)
+            raise mmu.misaligned(where)
         return load(where) | load((where + 8) & mmu.linear_mask) << 64
 
     return get
@@ -72,7 +72,7 @@ def _put(
     def put(value: int) -> None:
         where = address()
         if aligned and where & 15:
-            raise Fault(GP, 0)
+            raise mmu.misaligned(where)
         access.probe_write(where, 16)
         store(where, value & LOW64)
         store((where + 8) & mmu.linear_mask, value >> 64)
@@ -313,7 +313,7 @@ def _fx_address(cpu: Cpu, address: Get) -> int:
         raise Fault(NM)
     where = address()
     if where & 15:
-        raise Fault(GP, 0)
+        raise cpu.mmu.misaligned(where)
     return where
 
 
@@ -342,6 +342,10 @@ def _x87(action: Callable[[Cpu, Get, Put], None]) -> Callable[[Translator, Instr
     return build
 
 
+FCW_WRITABLE = 0x1F3F  # masks, precision, rounding, infinity
+FCW_FIXED = 0x40  # reserved, and always set
+
+
 def _ignore(value: int) -> None:
     pass
 
@@ -351,7 +355,7 @@ def _fninit(cpu: Cpu, get: Get, put: Put) -> None:
 
 
 def _fldcw(cpu: Cpu, get: Get, put: Put) -> None:
-    cpu.fcw = get()
+    cpu.fcw = get() & FCW_WRITABLE | FCW_FIXED
 
 
 def _fnclex(cpu: Cpu, get: Get, put: Put) -> None:

@@ -17,27 +17,40 @@ class Stack:
     """A stack segment and pointer. Only `commit` changes RSP; memory is written at once."""
 
     def __init__(
-        self, cpu: Cpu, segment: SegmentCache, top: int, *, user: bool, code64: bool = False
+        self,
+        cpu: Cpu,
+        segment: SegmentCache,
+        top: int,
+        *,
+        user: bool,
+        code64: bool = False,
+        error_code: int = 0,
     ) -> None:
+        """`error_code` goes with #SS where the stack ends; `user` tells whose accesses its own are."""
         self._cpu = cpu
         self._access = cpu.mmu.user if user else cpu.mmu.supervisor
         self._long = code64 or (cpu.is_long and bool(segment.unusable))
         self._segment = segment
         self._mask = M64 if self._long else (M32 if segment.db else M16)
         self._top = top
+        self._error_code = error_code
 
     @classmethod
-    def current(cls, cpu: Cpu) -> Stack:
+    def current(cls, cpu: Cpu, *, error_code: int = 0) -> Stack:
         """The stack in use."""
-        return cls(cpu, cpu.segments[SS], cpu.r[RSP], user=cpu.cpl == 3, code64=cpu.is_code64)
+        user, code64 = cpu.cpl == 3, cpu.is_code64
+        return cls(cpu, cpu.segments[SS], cpu.r[RSP], user=user, code64=code64, error_code=error_code)
 
     def _address(self, top: int, size: int) -> int:
         offset = top & self._mask
         if self._long:
+            mmu = self._cpu.mmu
+            if not (mmu.canonical(offset) and mmu.canonical((offset + size - 1) & M64)):
+                raise Fault(STACK_FAULT, self._error_code)
             return offset
         limit = limits(self._cpu, self._segment)[1]
         if offset + size - 1 > limit and not self._inside_expand_down(offset, size):
-            raise Fault(STACK_FAULT, 0)
+            raise Fault(STACK_FAULT, self._error_code)
         return (self._segment.base + offset) & self._cpu.mmu.linear_mask
 
     def _inside_expand_down(self, offset: int, size: int) -> bool:

@@ -29,6 +29,7 @@ HANDLER, STACK, TSS = 0xA000, 0x7000, 0x600
         ("0f 0b", 6, None, 0x8000),  # ud2
         ("0f 04", 6, None, 0x8000),  # no such instruction
         ("f0 90", 6, None, 0x8000),  # lock nop
+        ("66 0f ae 1e", 6, None, 0x8000),  # stmxcsr has no form with 66
         ("8e d9", 13, 0x1234 & ~3, 0x8000),  # mov ds, ecx
         ("66 66 66 66 66 66 66 66 66 66 66 66 66 66 66 90", 13, 0, 0x8000),  # 16 bytes
     ],
@@ -69,6 +70,21 @@ def test_fault_during_delivery_becomes_a_double_fault(guest: Guest) -> None:
 
     assert guest.registers.rip == HANDLER + 1
     assert guest.get(guest.registers.rsp) == 0
+
+
+def test_stack_fault_during_delivery_says_that_it_was_external(timer_guest: Guest) -> None:
+    guest = timer_guest
+    guest.long()
+    guest.gate64(0x28, HANDLER)  # on a stack that is not canonical
+    guest.gate64(12, HANDLER + 0x100, ist=1)
+    guest.put(TSS + 0x24, 0x6000)
+    guest.load(HLT, HANDLER + 0x100)
+    guest.vcpu.set_events(VcpuEvents(interrupt_injected=1, interrupt_nr=0x28))
+
+    guest.run(b"\x90\xf4", rsp=1 << 63, rflags=0x202)
+
+    assert guest.registers.rip == HANDLER + 0x101
+    assert guest.get(guest.registers.rsp) == 1  # EXT
 
 
 def test_double_fault_without_a_handler_shuts_down(guest: Guest) -> None:

@@ -148,6 +148,50 @@ def test_non_canonical_address_is_a_protection_fault(guest: Guest, table: int) -
     assert guest.registers.rip == HANDLER + 0x101
 
 
+NON_CANONICAL = 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("code", "registers", "vector"),
+    [
+        ("48 8b 45 00", {"rbp": NON_CANONICAL}, 12),  # mov rax, [rbp]
+        ("3e 48 8b 45 00", {"rbp": NON_CANONICAL}, 12),  # mov rax, ds:[rbp]: the prefix is ignored
+        ("36 48 8b 00", {"rax": NON_CANONICAL}, 13),  # mov rax, ss:[rax]: so is this one
+        ("48 8b 45 00", {"rbp": 0x7FFF_FFFF_FFFC}, 12),  # the last of its 8 bytes are not canonical
+        ("48 89 06", {"rsi": 0x7FFF_FFFF_FFFC}, 13),  # mov [rsi], rax
+        ("0f 28 45 01", {"rbp": NON_CANONICAL}, 12),  # movaps xmm0, [rbp+1]: misaligned besides
+        ("50", {"rsp": NON_CANONICAL}, 12),  # push rax
+        ("c3", {"rsp": NON_CANONICAL}, 12),  # ret
+        ("48 cf", {"rsp": NON_CANONICAL}, 12),  # iretq
+        ("c9", {"rbp": NON_CANONICAL}, 12),  # leave
+        ("ff 30", {"rax": NON_CANONICAL}, 13),  # push [rax]
+        ("ff 30", {"rsp": NON_CANONICAL, "rax": 0x8000}, 12),
+    ],
+)
+def test_non_canonical_address_of_the_stack_is_a_stack_fault(
+    guest: Guest, table: int, code: str, registers: dict[str, int], vector: int
+) -> None:
+    handler = HANDLER + 0x10 * vector
+    guest.put(TSS + 0x24, 0x6000)
+    guest.gate64(vector, handler, ist=1)
+    guest.load(HLT, handler)
+
+    guest.run(bytes.fromhex(code), **registers)
+
+    assert guest.registers.rip == handler + 1
+    assert guest.get(guest.registers.rsp) == 0  # the error code
+    assert guest.get(guest.registers.rsp + 8) == 0x8000
+
+
+def test_clflush_faults_as_a_load(guest: Guest, table: int) -> None:
+    guest.put(entry(table, 0x10_0000), 0)
+
+    guest.run(bytes.fromhex("0f ae 3e"), rsi=0x10_0040)
+
+    assert faulted(guest)
+    assert guest.vcpu.system_registers().cr2 == 0x10_0040
+
+
 def test_five_level_paging_translates_57_bits(guest: Guest, table: int) -> None:
     guest.put(0x5_0000, 0x1000 | 7)  # PML5 -> PML4
     # mov rax, [rsi]; hlt
