@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 from bisect import bisect_right
+from functools import cache
 from threading import Lock
 from weakref import finalize
 
@@ -397,13 +398,19 @@ class Memory:
 
     def _check_host_memory(self, size: int) -> None:
         """Refuse what could never be filled; memory is committed on touch, so some excess is fine."""
-        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        physical = _host_memory()
         total = size + sum(slot.size for slot in self)
         if total > OVERCOMMIT * physical:
             raise ConfigurationError(
                 f"{total >> 20} MiB of guest memory on a host that has {physical >> 20} MiB: "
                 f"ask for at most {OVERCOMMIT * physical >> 20}M"
             )
+
+
+@cache
+def _host_memory() -> int:
+    """Bytes of physical memory. Asked once: the C library reads it from a file of Linux."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _ignore(slot: Slot) -> None:

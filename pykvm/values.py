@@ -126,4 +126,5 @@ def _frozen(message: str) -> AttributeError:
 def replace(value: V, **changes: Any) -> V:
     """A copy of `value` with some fields changed. Raises TypeError for fields that it does not have."""
     names = value.__match_args__
-    return type(value)(**{name: getattr(value, name) for name in names} | changes)
+    values = [changes.pop(name) if name in changes else getattr(value, name) for name in names]
+    return type(value)(*values, **changes)

@@ -26,6 +26,9 @@ from posix.unistd cimport close as c_close
 from pykvm._abi cimport *
 from pykvm.device cimport CDevice
 
+from _thread import allocate_lock
+from operator import index as as_integer
+
 from pykvm.errors import ConfigurationError, KvmError
 from pykvm.exits import Debug, EmulationFailure, Halt, Interrupted, Shutdown, Unhandled
 from pykvm.registers import DescriptorTable, Registers, Segment, SystemRegisters

@@ -3,40 +3,29 @@
 # Whatever executes once after an exit is cold in the processor's caches and costs several times what it costs in
 # a loop. So the loop does not go through the VM's buses: they hand it their ranges, and it calls devices itself.
 
-cdef extern from "pythread.h":
-    ctypedef void *PyThread_type_lock
-    ctypedef enum PyLockStatus:
-        PY_LOCK_FAILURE, PY_LOCK_ACQUIRED, PY_LOCK_INTR
-    PyThread_type_lock PyThread_allocate_lock()
-    void PyThread_free_lock(PyThread_type_lock lock)
-    void PyThread_release_lock(PyThread_type_lock lock)
-    PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int interruptible) nogil
-    unsigned long PyThread_get_thread_ident()
-
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLongMask(object) except? 0xFFFF_FFFF_FFFF_FFFF
 
 
+cdef enum:
+    FREE = 0
+    HANDED_OVER = 0xFFFF_FFFF  # more threads than that are never made
+
+
 @cython.final
 cdef class DeviceLock:
-    """A re-entrant lock like `threading.RLock`, which the run loop takes without a call of Python.
+    """A re-entrant lock like `threading.RLock`, which the run loop takes without a call of any function.
 
-    `owner` and `depth` are guarded by the GIL. Only who has to wait gives it up.
+    All of it is guarded by the GIL. Who has to wait queues up, and gets it before whoever comes later.
     """
 
     cdef object __weakref__
-    cdef PyThread_type_lock lock
-    cdef unsigned long owner
-    cdef unsigned long depth  # how often its owner has taken it; 0 when it is free
+    cdef unsigned long owner  # a thread, by its number; or FREE, or HANDED_OVER to one who has waited
+    cdef unsigned long depth  # how often its owner has taken it
+    cdef list queue  # of those who wait: a lock each, which is released to wake them
 
     def __cinit__(self):
-        self.lock = PyThread_allocate_lock()
-        if self.lock == NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        if self.lock != NULL:
-            PyThread_free_lock(self.lock)
+        self.queue = []
 
     def __enter__(self) -> None:
         self.take()
@@ -44,34 +33,43 @@ cdef class DeviceLock:
     def __exit__(self, kind, error, trace, /) -> None:
         self.give_back()
 
-    cdef int take(self) except -1:
-        cdef unsigned long thread = PyThread_get_thread_ident()
-        if self.depth != 0 and self.owner == thread:
-            self.depth += 1
-            return 0
-        if PyThread_acquire_lock_timed(self.lock, 0, False) != PY_LOCK_ACQUIRED:
-            self.wait()
-        self.owner = thread
-        self.depth = 1
+    cdef inline int take(self) except -1:
+        cdef unsigned long thread = pykvm_this_thread()
+        if self.owner != thread:
+            if self.owner != FREE:
+                self.wait()
+            self.owner = thread
+        self.depth += 1
         return 0
 
-    cdef int wait(self) except -1:
-        """Wait until it is free; Python's signal handlers run meanwhile, and what they raise ends it."""
-        cdef PyLockStatus status = PY_LOCK_INTR
-        while status != PY_LOCK_ACQUIRED:
-            with nogil:
-                status = PyThread_acquire_lock_timed(self.lock, -1, True)
-            # gil: owner and depth, and the handlers of signals that interrupted the wait
-            if status == PY_LOCK_INTR:
-                PyErr_CheckSignals()
-        return 0
-
-    cdef int give_back(self) except -1:
-        if self.depth == 0 or self.owner != PyThread_get_thread_ident():
+    cdef inline int give_back(self) except -1:
+        if self.owner != pykvm_this_thread():
             raise RuntimeError("a device's lock is given back by a thread that does not hold it")
         self.depth -= 1
         if self.depth == 0:
-            PyThread_release_lock(self.lock)
+            self.hand_over()
+        return 0
+
+    cdef inline int hand_over(self) except -1:
+        self.owner = FREE
+        if self.queue:
+            self.owner = HANDED_OVER
+            self.queue.pop(0).release()
+        return 0
+
+    cdef int wait(self) except -1:
+        """Wait until it is handed over. Python's signal handlers run meanwhile; what they raise ends the wait."""
+        gate = allocate_lock()
+        gate.acquire()
+        self.queue.append(gate)
+        try:
+            gate.acquire()
+        except BaseException:
+            if gate in self.queue:
+                self.queue.remove(gate)
+            else:  # it was handed over at the same time
+                self.hand_over()
+            raise
         return 0
 
 
@@ -103,11 +101,15 @@ cdef class Handler:
             answer = self.read_method(offset, size)
         finally:
             self.lock.give_back()
+        value[0] = PyLong_AsUnsignedLongLongMask(answer if type(answer) is int else self.integer(answer))
+        return 0
+
+    cdef object integer(self, answer):
+        """Accept what Python accepts as an index: int, bool, NumPy integers."""
         try:
-            value[0] = PyLong_AsUnsignedLongLongMask(answer)  # takes what Python accepts as an index
+            return as_integer(answer)
         except TypeError:
             raise TypeError(f"{self.attachment}: read returned {answer!r}, not an integer") from None
-        return 0
 
 
 cdef struct Range:

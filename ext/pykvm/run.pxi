@@ -24,15 +24,16 @@ cdef extern from * nogil:
     #endif
 
     /* The kick signal's handler. That KVM_RUN returns EINTR is what the signal is for; the flag is for the case
-       that the thread was not in KVM_RUN but in a C device. initial-exec: no call to find it, after each exit. */
-    static __thread volatile sig_atomic_t pykvm_signalled __attribute__((tls_model("initial-exec")));
+       that the thread was not in KVM_RUN but in a C device. */
+    #define PYKVM_THREAD_LOCAL static __thread __attribute__((tls_model("initial-exec")))  /* found without a call */
+    PYKVM_THREAD_LOCAL volatile sig_atomic_t pykvm_signalled;
     static void pykvm_handler(int signal_number) { (void)signal_number; pykvm_signalled = 1; }
 
     /* A number for this thread that no other ever gets, unlike pthread_t. Call with the GIL. */
-    static unsigned long pykvm_this_thread(void)
+    static inline unsigned long pykvm_this_thread(void)
     {
         static unsigned long last;
-        static __thread unsigned long number;
+        PYKVM_THREAD_LOCAL unsigned long number;
         if (number == 0)
             number = ++last;
         return number;

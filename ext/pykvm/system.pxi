@@ -2,11 +2,20 @@
 
 
 cdef class System(Fd):
-    """/dev/kvm. Raises KvmError("open ...") when it cannot be opened."""
+    """/dev/kvm. Raises KvmError("open ...") when it cannot be opened.
+
+    What every VM and vCPU needs to know of it is asked once.
+    """
+
+    cdef int mmap_size  # of a vCPU's page, in bytes; 0 until asked
+    cdef int sync_regs
+    cdef Block cpuid  # what KVM supports, or None until asked: the answer takes KVM as long as making a vCPU
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         encoded = path.encode()
         self.close()  # should __init__ be called again
+        self.mmap_size = 0
+        self.cpuid = None
         self.fd = c_open(encoded, O_RDWR | O_CLOEXEC)
         if self.fd < 0:
             raise KvmError(f"open {path}", errno)
@@ -26,6 +35,17 @@ cdef class System(Fd):
     def get_supported_cpuid(self) -> tuple:
         """The CPUID leaves that a vCPU may be given, as CpuidEntry values."""
         return read_cpuid(self.fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+
+    cdef Block copy_supported_cpuid(self):
+        """The same as a structure of KVM's, a new one for each caller."""
+        cdef Block copy
+        cdef size_t size
+        if self.cpuid is None or self.fd < 0:
+            self.cpuid = fetch_cpuid(self.fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+        size = sizeof(kvm_cpuid2) + (<kvm_cpuid2 *>self.cpuid.data).nent * sizeof(kvm_cpuid_entry2)
+        copy = Block(size)
+        memcpy(copy.data, self.cpuid.data, size)
+        return copy
 
     def get_emulated_cpuid(self) -> tuple:
         """The CPUID features that KVM emulates in software although the processor lacks them."""
@@ -71,6 +91,9 @@ cdef class System(Fd):
                 break
             PyErr_CheckSignals()
         vm.fd = check(fd, "KVM_CREATE_VM")
-        vm.mmap_size = check(ioctl(self.fd, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE")
-        vm.sync_regs = check(ioctl(self.fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS), "KVM_CHECK_EXTENSION")
+        if self.mmap_size == 0:
+            self.sync_regs = self.check_extension(KVM_CAP_SYNC_REGS)
+            self.mmap_size = self.get_vcpu_mmap_size()
+        vm.mmap_size = self.mmap_size
+        vm.sync_regs = self.sync_regs
         return vm

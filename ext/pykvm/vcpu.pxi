@@ -200,9 +200,9 @@ cdef class VcpuState(Fd):
         """Show the guest everything that KVM supports, with this vCPU's APIC ID and `cpus` processors.
 
         The same as set_cpuid2(system.get_supported_cpuid()) with leaves 1, 0xB and 0x1F completed,
-        without a Python object for each leaf.
+        without a Python object for each leaf, and asked for once per `system`.
         """
-        cdef Block block = fetch_cpuid(system.fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+        cdef Block block = system.copy_supported_cpuid()
         cdef kvm_cpuid2 *leaves = <kvm_cpuid2 *>block.data
         cdef kvm_cpuid_entry2 *leaf
         self.prepare()

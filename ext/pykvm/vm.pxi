@@ -337,7 +337,6 @@ cdef class Vm(Fd):
         """Collect writes to this range in a ring instead of exiting for each (KVM API 4.116)."""
         self.coalesced_zone(KVM_REGISTER_COALESCED_MMIO, "KVM_REGISTER_COALESCED_MMIO", address, size, pio)
         if self.coalesced_offset == 0:
-            from _thread import allocate_lock
             self.delivering = allocate_lock()
             self.coalesced_offset = self.check_extension(KVM_CAP_COALESCED_MMIO) * <Py_ssize_t>sysconf(_SC_PAGESIZE)
 

@@ -59,6 +59,9 @@ DATA = replace(_FLAT, selector=layout.SELECTOR_DATA, type=TYPE_DATA, db=1)
 CODE64 = replace(_FLAT, selector=layout.SELECTOR_CODE64, type=TYPE_CODE, l=1)
 USER_DATA = replace(DATA, selector=layout.SELECTOR_USER_DATA | RING3, dpl=3)
 USER_CODE64 = replace(CODE64, selector=layout.SELECTOR_USER_CODE64 | RING3, dpl=3)
+REAL_CODE = Segment(type=TYPE_CODE)
+REAL_DATA = Segment(type=TYPE_DATA)
+REAL_VECTORS = DescriptorTable(base=0, limit=0x3FF)  # of 4 bytes each (SDM volume 3, 21.1.4)
 NO_LDT = Segment(limit=0, type=TYPE_LDT, s=0, present=0, unusable=1)
 NO_TSS = Segment(type=TYPE_TSS_BUSY, s=0)  # VT-x has no "none": a busy TSS that is never used
 
@@ -126,17 +129,11 @@ def real_mode(system: SystemRegisters, *, segment: int = 0) -> SystemRegisters:
     `segment` goes to CS and the data segments, so that an image's own offsets work in both;
     SS stays 0.
     """
-    data = Segment(base=segment << 4, selector=segment, type=TYPE_DATA)
+    code, data = REAL_CODE, REAL_DATA
+    if segment != 0:
+        code, data = (replace(each, base=segment << 4, selector=segment) for each in (code, data))
     return replace(
-        system,
-        cs=replace(data, type=TYPE_CODE),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=Segment(type=TYPE_DATA),
-        idt=DescriptorTable(base=0, limit=0x3FF),
-        cr0=CR0_ET,
+        system, cs=code, ds=data, es=data, fs=data, gs=data, ss=REAL_DATA, idt=REAL_VECTORS, cr0=CR0_ET
     )
 
 

@@ -17,6 +17,7 @@ from pykvm.state import DebugRegisters, FpuState, VcpuEvents
 
 if TYPE_CHECKING:
     from pykvm._kvm import System
+    from tests.kvm.machines import Machine
 
 PAGE = mmap.mmap(-1, 4096)
 
@@ -176,6 +177,16 @@ def test_giving_a_closed_vcpu_its_cpuid_says_ebadf(closed: Any, system: System) 
     with pytest.raises(KvmError) as caught:
         closed.set_supported_cpuid(system)
     assert (caught.value.request, caught.value.errno) == ("KVM_SET_CPUID2", errno.EBADF)
+
+
+def test_a_closed_system_supports_nothing_whatever_it_has_said_before(machine: Machine) -> None:
+    from pykvm import _kvm
+
+    with _kvm.System() as own, own.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.set_supported_cpuid(own)
+    with pytest.raises(KvmError) as caught:
+        machine.vcpu.set_supported_cpuid(own)
+    assert (caught.value.request, caught.value.errno) == ("KVM_GET_SUPPORTED_CPUID", errno.EBADF)
 
 
 @pytest.mark.parametrize("kind", CALLS)

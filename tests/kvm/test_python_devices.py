@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,3 +224,62 @@ def test_a_signal_handler_that_raises_ends_the_wait_for_a_lock(system: object) -
         holder.join(PATIENCE)
     with lock:  # it is whole
         pass
+
+
+def test_who_waits_for_a_lock_is_not_passed_by(system: object) -> None:
+    from pykvm._kvm import DeviceLock
+
+    lock, waiting, served = DeviceLock(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        waiting.set()
+        with lock:
+            served.set()
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    with lock:
+        waiter.start()
+        assert waiting.wait(PATIENCE)
+        waiter.join(0.05)
+    with lock:  # the same thread again, at once
+        assert served.is_set()
+    waiter.join(PATIENCE)
+
+
+def interrupted_waits(lock: Any, threads: list[threading.Thread]) -> int:
+    """Take the lock until the threads have ended; how often a signal handler prevented that."""
+    interrupted = 0
+    while any(thread.is_alive() for thread in threads):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0001)
+            with lock:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except InterruptedError:
+            interrupted += 1
+    return interrupted
+
+
+def test_threads_exclude_each_other_also_when_signals_end_some_waits(system: object) -> None:
+    from pykvm._kvm import DeviceLock
+
+    lock, rounds, count = DeviceLock(), 100, 0
+
+    def add() -> None:
+        nonlocal count
+        for _ in range(rounds):
+            with lock, lock:
+                before = count
+                time.sleep(0.0002)
+                count = before + 1
+
+    def alarm(*_: object) -> None:
+        raise InterruptedError
+
+    threads = [threading.Thread(target=add, daemon=True) for _ in range(3)]
+    before = signal.signal(signal.SIGALRM, alarm)
+    for thread in threads:
+        thread.start()
+    interrupted = interrupted_waits(lock, threads)
+    signal.signal(signal.SIGALRM, before)
+    assert count == len(threads) * rounds
+    assert interrupted > 0
