@@ -570,6 +570,8 @@ def _half(operands: str, *, high: bool) -> Entry:
 
 def _complete(table: dict[int, Entry]) -> dict[int, Entry]:
     """Name what real processors have and this one lacks, so that it is not mistaken for #UD."""
+    simd = _unsupported("SIMD instruction", modrm=True)
+    extension = _unsupported("instruction of an extension", modrm=True)
     for opcode in (
         *range(0x110, 0x118),
         *range(0x128, 0x130),
@@ -580,9 +582,9 @@ def _complete(table: dict[int, Entry]) -> dict[int, Entry]:
         entry = table.setdefault(opcode, _prefixed())
         if isinstance(entry, dict) and "prefix" in entry:
             for prefix in (0, 0x66, 0xF2, 0xF3):
-                entry.setdefault(prefix, _unsupported("SIMD instruction", modrm=True))
+                entry.setdefault(prefix, simd)
     for opcode in (*range(0x200, 0x400), 0x137, 0x133, 0x177):
-        table.setdefault(opcode, _unsupported("instruction of an extension", modrm=True))
+        table.setdefault(opcode, extension)
     return table
 
 

@@ -20,9 +20,9 @@ Where this differs from the chip:
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 from pykvm.errors import ConfigurationError
+from pykvm.values import Value
 
 LINES = 16
 CASCADE = 2  # the master's input that the slave drives
@@ -67,8 +67,7 @@ SPURIOUS_LEVEL = 7
 OPERATIONAL, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
 
 
-@dataclass(frozen=True, slots=True)
-class ChipState:
+class ChipState(Value):
     """The registers of one 8259A. Bit n of each mask belongs to input n."""
 
     lines: int = 0
@@ -87,8 +86,7 @@ class ChipState:
     rotate_on_aeoi: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PicState:
+class PicState(Value):
     """Both chips."""
 
     master: ChipState

@@ -16,8 +16,11 @@ Mode 2 with count N, its output high but for the last pulse of a period::
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from pykvm.values import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FREQUENCY = 1_193_182  # Hz
 NANOSECONDS = 1_000_000_000
@@ -62,8 +65,7 @@ STROBES = (SOFTWARE_STROBE, HARDWARE_STROBE)
 NONE = -1  # no such pulse, byte or count
 
 
-@dataclass(frozen=True, slots=True)
-class CounterState:
+class CounterState(Value):
     """One counter. Pulses are absolute; -1 stands for none."""
 
     control: int = RW_BOTH << 4
@@ -80,8 +82,7 @@ class CounterState:
     latched_status: int = NONE
 
 
-@dataclass(frozen=True, slots=True)
-class PitState:
+class PitState(Value):
     """The whole timer at CLK pulse `pulse` of the clock it ran by."""
 
     pulse: int
