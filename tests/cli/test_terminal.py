@@ -124,7 +124,7 @@ def test_it_is_restored_when_the_guest_dies(terminal: Open, image: MakeImage) ->
     opened.see(b"triple fault")
 
     assert opened.attributes == opened.before
-    opened.see(b"code at rip")
+    opened.see(b"efer")
     assert opened.end() == 126
 
 

@@ -53,10 +53,13 @@ QEMU = (
     *("-smp", "2", "-m", "3072", "-nodefaults", "-no-reboot", "-display", "none"),
 )
 # TCG's time-stamp counters agree, but Linux cannot know. An emulated processor needs no mitigations.
-KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off tsc=reliable root=/dev/vda rw init=/lab/init"
-)
+KERNEL_ARGUMENTS = "console=ttyS2 quiet panic=-1 mitigations=off tsc=reliable root=/dev/vda rw init=/lab/init"
 FAILED = 125
+TIME_LIMIT = 3600  # seconds, for what is not interactive
+
+# There is no network to package with; the emulator does here what it does anywhere, only slower; and so does all
+# else. A later -m or -k overrides these.
+DEFAULTS = ("-m", "not packaging", "-k", "not emulator and not 80286", "--timeout", "600")
 
 
 class LabError(Exception):
@@ -252,18 +255,27 @@ def environment() -> str:
 
 
 def start(image: Image, work: Path, *, interactive: bool) -> int:
-    """Run the machine until it ends, and return the exit status that it left."""
-    status = work.with_name("status")
+    """Run the machine until it ends, and return the exit status that it left.
+
+    Its serial ports are: our terminal or output, the exit status, and what Linux has to say.
+    """
+    status, log = work.with_name("status"), work.with_name("log")
     kernel, initrd = (next(image.root.glob(f"boot/{name}-*")) for name in ("vmlinuz", "initrd.img"))
     drives = [f"file={disk},format=raw,if=virtio,snapshot=on" for disk in (image.disk, work)]
     console = "stdio,id=console,signal=off,mux=on" if interactive else "stdio,id=console"
     command: list[str | Path] = [*QEMU, "-kernel", kernel, "-initrd", initrd, "-append", KERNEL_ARGUMENTS]
     command += [*("-drive", drives[0]), *("-drive", drives[1])]
-    command += ["-chardev", console, "-serial", "chardev:console", "-serial", f"file:{status}"]
-    machine = subprocess.run(command, stdin=None if interactive else subprocess.DEVNULL)
-    report = status.read_text().strip() if status.exists() else ""
+    command += ["-chardev", console, "-serial", "chardev:console"]
+    command += ["-serial", f"file:{status}", "-serial", f"file:{log}"]
+    stdin, limit = (None, None) if interactive else (subprocess.DEVNULL, TIME_LIMIT)
+    try:
+        machine = subprocess.run(command, stdin=stdin, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"the machine did not end within {TIME_LIMIT // 60} minutes") from None
+    report = status.read_text() if status.exists() else ""
     if not report:
-        raise LabError(f"the machine ended without a result; QEMU's exit status is {machine.returncode}")
+        last_words = log.read_text(errors="replace") if log.exists() else ""
+        raise LabError(f"the machine ended without a result (QEMU: {machine.returncode})\n{last_words}")
     return int(report)
 
 
@@ -279,7 +291,7 @@ def only_one() -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     match arguments:
         case ["test", *rest]:
-            command = ["pytest", "-m", "not packaging", *rest]  # packaging needs a network
+            command = ["pytest", *DEFAULTS, *rest]
         case ["run", script, *rest]:
             command = ["python", script, *rest]
         case ["shell"]:
