@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import RLock
 
 from pykvm.emulator.accesses import Accesses
-from pykvm.emulator.chipset import Chipset, IrqLine, Ports, check_line
+from pykvm.emulator.chipset import Chipset, IrqLine, Ports
 from pykvm.emulator.cpu import Cpu
 from pykvm.emulator.physical import PhysicalMemory
 from pykvm.emulator.vcpu import EmulatorVcpu
@@ -72,8 +72,7 @@ class EmulatorMachine:
         """The interrupt line `gsi`. Raises ConfigurationError without an interrupt controller."""
         if self._chipset is None:
             raise ConfigurationError(f"GSI {gsi}: this machine was made without irqchip=True")
-        check_line(gsi)
-        return IrqLine(self._chipset.pic, gsi, self._vcpu.attend)
+        return self._chipset.line(gsi, self._vcpu.attend)
 
     def devices(self) -> list[tuple[Device, int, int]]:
         """None: the chipset's ports never come to the bus."""

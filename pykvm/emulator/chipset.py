@@ -29,6 +29,13 @@ class Chipset:
         self._clock = clock
         self.pic = Pic()
         self.pit = Pit(lambda level: self.pic.set_irq(IRQ_PIT, level), clock.nanoseconds)
+        self._driven = 0  # bit n: something outside drives line n
+
+    def line(self, gsi: int, changed: Callable[[], None]) -> IrqLine:
+        """An input for a device. `changed` is called when it rises. Raises ConfigurationError for none."""
+        check_line(gsi)
+        self._driven |= 1 << gsi
+        return IrqLine(self.pic, gsi, changed)
 
     def advance(self) -> int | None:
         """Deliver timer edges that are due. Returns when the next comes, in ticks of the clock."""
@@ -46,7 +53,11 @@ class Chipset:
 
     def may_interrupt(self) -> bool:
         """Whether any interrupt line is unmasked."""
-        return self.pic.save().master.imr != 0xFF
+        return self.pic.unmasked() != 0
+
+    def devices_may_interrupt(self) -> bool:
+        """Whether a line is unmasked that something outside drives."""
+        return self.pic.unmasked() & self._driven != 0
 
 
 class IrqLine:

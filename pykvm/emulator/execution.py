@@ -3,16 +3,18 @@
 Virtual time passes only here (see `cpu.Clock`): with each instruction, and in HLT, which
 skips to the next timer event. So a run is a function of its inputs: the timer interrupts
 the same instruction every time. Kicks and lines raised by other threads are not; they are
-noticed within `SLICE` instructions.
+noticed within `SLICE` instructions. Where a device may end it, HLT takes as long as it
+says, so that a guest that waits for input lets the host rest; the guest sees no difference.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from time import perf_counter_ns
 
 from pykvm.emulator.blocks import Block
-from pykvm.emulator.cpu import Cpu
+from pykvm.emulator.cpu import NANOSECONDS, Cpu
 from pykvm.emulator.faults import NMI, SS, Fault, NonCanonical, TripleFault
 from pykvm.emulator.interrupts import raise_exception, raise_interrupt, raise_single_step
 from pykvm.emulator.translate import RIP
@@ -242,14 +244,28 @@ class Execution:
             raise_interrupt(cpu, chipset.acknowledge())
 
     def _wait(self, chipset: Chipset) -> None:
-        """In HLT: go to the timer's next event, or sleep until another thread raises a line."""
+        """In HLT: go to the timer's next event, or sleep until another thread raises a line.
+
+        What only the timer can end takes no time. A wait that a device may end as well takes as long as it
+        does for the guest: input comes in real time, and a guest that waits for it should cost nothing.
+        """
         clock = self.cpu.clock
         event = chipset.advance()
-        if event is not None:
-            clock.skipped = max(clock.skipped, event - clock.count)
-            chipset.advance()
-        if not chipset.pending():
-            self._wake.acquire(timeout=HALT_WAIT if event is None else 0)
+        if chipset.pending():
+            return
+        if event is None:
+            self._wake.acquire(timeout=HALT_WAIT)
+            return
+        wait = max(0, event - clock.ticks())
+        clock.skipped += self._sleep(wait) if chipset.devices_may_interrupt() else wait
+        chipset.advance()
+
+    def _sleep(self, ticks: int) -> int:
+        """Sleep for `ticks` of the processor's clock, or until woken. Returns how many have passed."""
+        start = perf_counter_ns()
+        if not self._wake.acquire(timeout=ticks * NANOSECONDS / 1e9):
+            return ticks
+        return min(ticks, (perf_counter_ns() - start) // NANOSECONDS)
 
     def _single_step(self) -> None:
         """With RFLAGS.TF: one instruction, then its #DB, unless it entered a handler."""

@@ -283,6 +283,11 @@ class Pic:
         """The INTR output: an interrupt waits to be acknowledged."""
         return self._intr
 
+    def unmasked(self) -> int:
+        """The lines that may interrupt, bit n for line n."""
+        master, slave = ~self._master.imr & 0xFF, ~self._slave.imr & 0xFF
+        return master & ~(1 << CASCADE) | (slave << 8 if master >> CASCADE & 1 else 0)
+
     def acknowledge(self) -> int:
         """Answer the processor's INTA cycle: take the first interrupt into service, return its vector."""
         with self._lock:
