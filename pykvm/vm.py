@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pykvm.boot import Entry, Module
     from pykvm.exits import Exit
-    from pykvm.interfaces import Device, IrqLine, Vcpu
+    from pykvm.interfaces import Device, IrqLine, Machine, Vcpu
     from pykvm.memory import Slot
     from pykvm.statistics import Statistics
 
@@ -64,6 +64,14 @@ class _HandlerDevice:
 
     def write(self, offset: int, size: int, value: int) -> None:
         self.handler(offset, size, value)
+
+
+def _map(machine: Machine, slot: Slot) -> None:
+    machine.map(slot.index, slot.address, slot, readonly=slot.readonly, log_dirty=slot.log_dirty)
+
+
+def _unmap(machine: Machine, slot: Slot) -> None:
+    machine.unmap(slot.index)
 
 
 class _Run:
@@ -114,7 +122,8 @@ class VM:
         self._ending: Exit | None = None  # why it ends, or the next one will
         self._paused = False
         self._closed = False
-        self.memory = Memory(on_add=self._map, on_remove=self._unmap)
+        # Not methods of ours: a VM that nobody refers to any more goes at once, not at a garbage collection.
+        self.memory = Memory(on_add=partial(_map, machine), on_remove=partial(_unmap, machine))
         try:
             if memory != 0:
                 self.add_ram(memory)
@@ -133,12 +142,6 @@ class VM:
         self.memory.add(0, min(total, HOLE_START), name="ram")
         if total > HOLE_START:
             self.memory.add(HOLE_END, total - HOLE_START, name="ram above 4G")
-
-    def _map(self, slot: Slot) -> None:
-        self.machine.map(slot.index, slot.address, slot, readonly=slot.readonly, log_dirty=slot.log_dirty)
-
-    def _unmap(self, slot: Slot) -> None:
-        self.machine.unmap(slot.index)
 
     def attach(
         self, device: Device, *, port: int | None = None, address: int | None = None, size: int

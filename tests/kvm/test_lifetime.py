@@ -269,3 +269,20 @@ def test_a_c_device_without_c_methods_is_called_in_python(machine: Machine) -> N
     assert machine.vcpu.times()[2] == 0
     assert machine.vcpu.get_regs().rax & 0xFF == 0xFF
     assert machine.vcpu.get_regs().rip == CODE + 3
+
+
+def test_a_vm_that_nobody_refers_to_goes_at_once(system: System) -> None:
+    from pykvm import VM
+
+    VM("64K", backend="kvm").close()  # the backend's own descriptor stays
+    gc.collect()
+    files = open_files()
+    gc.disable()
+    try:
+        vm = VM("64K", backend="kvm")
+        vm.load(HLT)
+        vm.run()
+        del vm
+        assert open_files() == files
+    finally:
+        gc.enable()
