@@ -126,15 +126,16 @@ class CodeCache:
     def drop_changed(self) -> None:
         """Drop the pages that the host changed behind our back, between runs."""
         for page, copy in list(self._copies.items()):
-            now = self._memory.page(page << PAGE_SHIFT)
-            if now is None:
+            view = self._memory.page(page << PAGE_SHIFT)
+            now = bytes(view) if view is not None else b""  # a memoryview compares byte by byte
+            if not now:
                 self.drop_page(page)
             elif now != copy:
                 marks = self._memory.code[page]
                 if any(mark and now[index] != copy[index] for index, mark in enumerate(marks)):
                     self.drop_page(page)
                 else:
-                    self._copies[page] = bytes(now)
+                    self._copies[page] = now
 
     def cut(self) -> None:
         """End the running block after the current instruction."""

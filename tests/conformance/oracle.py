@@ -2,7 +2,8 @@
 
 Every case ends in an exception: HLT, which follows the instruction and fills all other code, is #GP in
 ring 3. Its gate leads to a HLT in ring 0, which ends the run with the registers as they were. So neither
-the stack nor any register has to be spared, and ring 3 is native on every kind of KVM.
+the stack nor any register has to be spared. Ring 3 is native on every kind of KVM, but for what is #GP or
+#SS: software KVM interprets that instruction itself.
 """
 
 from __future__ import annotations

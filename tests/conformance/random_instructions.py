@@ -165,6 +165,23 @@ def make_case(rng: Random, form: Form) -> Case:
 def _make_case(rng: Random, form: Form) -> Case:
     address = rng.choice(CODE_PLACES) if rng.random() < 0.2 else CODE_PLACES[0]
     code, i = _encode(rng, form, address)
+    registers = _registers(rng, form, i)
+    memory = _point_into_data(rng, i, registers) if i is not None else []
+    if form.row.name in ("ret", "call", "jmp"):
+        _aim(rng, i, registers, memory)
+    if form.row.name == "popf":
+        popped = rng.getrandbits(12) & (ARITHMETIC | RFLAGS_DF)
+        memory.append((registers[RSP], popped.to_bytes(8, "little")))
+    flags = RFLAGS_FIXED | RFLAGS_IF | rng.getrandbits(12) & (ARITHMETIC | RFLAGS_DF)
+    is_fpu = any(text[0] in "VW" for text in form.row.operands) or form.opcode in FPU_OPCODES
+    fpu = _fpu(rng) if is_fpu else None
+    inside = tuple((where, data) for where, data in memory if DATA <= where < DATA + DATA_SIZE - 16)
+    undefined = undefined_flags(i, registers[RCX]) if i is not None else 0
+    return Case(form, code, address, tuple(registers), flags, fpu, inside, undefined, i)
+
+
+def _registers(rng: Random, form: Form, i: Instruction | None) -> list[int]:
+    """Random values, and pointers into the data where the instruction has its own use for a register."""
     registers = [_value(rng) for _ in range(16)]
     registers[RSP] &= LOWER_HALF  # while RSP is not canonical, software KVM interprets ring 3
     pointers = POINTERS.get(form.row.name, ())
@@ -176,28 +193,13 @@ def _make_case(rng: Random, form: Form) -> Case:
         if number != wild:
             registers[number] = _pointer(rng)
     if form.row.name == "enter":
-        registers[RBP] = (
-            registers[RBP] + 0x800 & M64
-        )  # away from what is pushed: processors differ in when they read it
-    if i is not None and i.repeat:
-        registers[RCX] = rng.randrange(20)
-    memory: list[tuple[int, bytes]] = []
-    if i is not None:
-        memory = _point_into_data(rng, i, registers)
-    if form.row.name in ("ret", "call", "jmp"):
-        _aim(rng, i, registers, memory)
-    if form.row.name == "popf":
-        memory.append(
-            (registers[RSP], (rng.getrandbits(12) & (ARITHMETIC | RFLAGS_DF)).to_bytes(8, "little"))
-        )
+        # Away from what it pushes: processors differ in when they read what is there.
+        registers[RBP] = registers[RBP] + 0x800 & M64
     if form.row.name in ("div", "idiv") and rng.random() < 0.8:
         registers[RDX] = rng.choice((0, 0, 1, M64))
-    flags = RFLAGS_FIXED | RFLAGS_IF | rng.getrandbits(12) & (ARITHMETIC | RFLAGS_DF)
-    is_fpu = any(text[0] in "VW" for text in form.row.operands) or form.opcode in FPU_OPCODES
-    fpu = _fpu(rng) if is_fpu else None
-    inside = tuple((where, data) for where, data in memory if DATA <= where < DATA + DATA_SIZE - 16)
-    undefined = undefined_flags(i, registers[RCX]) if i is not None else 0
-    return Case(form, code, address, tuple(registers), flags, fpu, inside, undefined, i)
+    if i is not None and i.repeat:
+        registers[RCX] = rng.randrange(20)
+    return registers
 
 
 # Encoding (SDM volume 2, chapter 2)
@@ -206,10 +208,8 @@ def _make_case(rng: Random, form: Form) -> Case:
 def _encode(rng: Random, form: Form, address: int) -> tuple[bytes, Instruction | None]:
     """The bytes of an instruction, and what the emulator's decoder makes of them."""
     prefixes, rex = _prefixes(rng, form)
-    opcode = {0: b"", 1: b"\x0f", 2: b"\x0f\x38", 3: b"\x0f\x3a"}[form.opcode >> 8] + bytes(
-        [form.opcode & 0xFF]
-    )
-    head = prefixes + rex + opcode
+    escape = (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[form.opcode >> 8]
+    head = prefixes + rex + escape + bytes([form.opcode & 0xFF])
     modrm = _modrm(rng, form, address + len(head))
     while True:
         code = (head + modrm + _immediate(rng, form))[:15].ljust(15, bytes([HLT]))
@@ -248,9 +248,7 @@ def _modrm(rng: Random, form: Form, address: int) -> bytes:
     if not form.row.modrm and form.reg is None and form.rm is None and form.memory is None:
         return b""
     memory = form.memory if form.memory is not None else rng.random() < 0.5
-    if any(text[0] == "V" for text in form.row.operands) and any(
-        text[0] == "M" for text in form.row.operands
-    ):
+    if {"V", "M"} <= {text[0] for text in form.row.operands}:
         memory = True  # software KVM executes these with a register, too
     reg = form.reg if form.reg is not None else rng.randrange(8)
     rm = form.rm if form.rm is not None else rng.randrange(8)
