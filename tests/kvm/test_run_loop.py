@@ -348,12 +348,12 @@ def test_ctrl_c_that_comes_just_before_the_entry_ends_the_run_soon(machine: Mach
 
 def test_a_signal_that_python_handles_does_not_end_the_run(machine: Machine, handled: list[int]) -> None:
     machine.load(SPIN)
-    kicker = after(0.1, machine.vcpu.kick)
-    for delay in (0.01, 0.03, 0.05):
+    kicker = after(0.3, machine.vcpu.kick)
+    for delay in (0.01, 0.1, 0.2):
         after(delay, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert machine.vcpu.run(NoIO()) == Interrupted()
     kicker.join()
-    assert handled == [signal.SIGUSR1] * 3
+    assert set(handled) == {signal.SIGUSR1}  # Linux may merge several that are pending at once
 
 
 def test_a_kick_is_not_lost_to_a_signal_that_raises(machine: Machine) -> None:
