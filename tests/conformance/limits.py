@@ -26,6 +26,11 @@ def why_no_ports_in_ring3(backend: str) -> str:
     return ""
 
 
+def why_no_oracle() -> str | None:
+    """None, or why the processor below KVM does not decide what an instruction does."""
+    return "the processor is an emulation itself: QEMU's TCG" if inside_tcg() else None
+
+
 def why_no_registers_after_a_triple_fault(backend: str) -> str:
     """Empty, or why the registers at a triple fault are not known."""
     if backend == "kvm" and Host.read().kind == "AMD-V":

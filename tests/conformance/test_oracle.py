@@ -19,6 +19,7 @@ import pytest
 
 from pykvm import backends
 from pykvm.emulator.faults import GP, SS, UD
+from tests.conformance.limits import why_no_oracle
 from tests.conformance.oracle import Outcome, Processor, describe
 from tests.conformance.random_instructions import Form, forms, make_case
 
@@ -29,7 +30,7 @@ SEED = os.environ.get("PYKVM_ORACLE_SEED", "0")
 @pytest.fixture(scope="module")
 def processor() -> Iterator[Processor]:
     """The host's processor."""
-    why = backends.get("kvm").why_unavailable()
+    why = backends.get("kvm").why_unavailable() or why_no_oracle()
     if why is not None:
         pytest.skip(why)
     made = Processor("kvm")

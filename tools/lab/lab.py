@@ -57,8 +57,8 @@ KERNEL_ARGUMENTS = "console=ttyS2 quiet panic=-1 mitigations=off tsc=reliable ro
 FAILED = 125
 TIME_LIMIT = 3600  # seconds, for what is not interactive
 
-# There is no network to package with; the emulator does here what it does anywhere, only slower; and so does all
-# else. A later -m or -k overrides these.
+# Packaging needs a network, and the emulator does here what it does anywhere, only slower. Everything takes
+# longer than its usual limit. A later -m, -k or --timeout replaces these.
 DEFAULTS = ("-m", "not packaging", "-k", "not emulator and not 80286", "--timeout", "600")
 
 
