@@ -90,7 +90,8 @@ class Stopped(Value):
 class Interrupted(Value):
     """The run was cut short from outside; running again continues where it left off.
 
-    `reason` is ``"kick"``, ``"timeout"`` or ``"pause"``.
+    `reason` is ``"kick"``, ``"timeout"``, ``"pause"`` (of a step), ``"cancel"`` (of `VM.run_async`) or
+    ``"close"`` (of the processor, by another thread).
     """
 
     vcpu: int = 0
