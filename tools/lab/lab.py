@@ -14,7 +14,6 @@ until what it is made of changes, and so is the KVM extension, which the image's
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shlex
@@ -284,7 +283,7 @@ def only_one() -> Iterator[None]:
     """Keep other labs of this user from preparing theirs at the same time."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.lockf(lock.fileno(), os.F_LOCK, 0)
         yield
 
 
